@@ -1,0 +1,142 @@
+"""Views of a weight as groups: ``split`` into rows of a matrix, ``expand`` a group mask back.
+
+A grouping says which elements live and die together. It knows nothing of how they are scored or
+how many survive, so every grouping works with every criterion and every density.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+
+class Grouping(Protocol):
+    """A partition of a tensor's elements into groups."""
+
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The groups as rows ``(groups, size)``, zero-padded, and real sizes ``(groups, 1)``."""
+        ...
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """Element mask of ``shape`` from a mask over groups ``(groups,)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slices:
+    """One group per output unit: row of a Linear, filter of a convolution.
+
+    Attributes:
+        transposed: The layout of transposed convolutions, ``(in, out / groups, *kernel)``.
+        groups: Groups of a transposed convolution.
+    """
+
+    transposed: bool = False
+    groups: int = 1
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        if not self.transposed:
+            return weight.reshape(weight.shape[0], -1)
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return grouped.transpose(1, 2).reshape(self.groups * weight.shape[1], -1)
+
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """One row per group."""
+        rows = self._rows(weight)
+        return rows, _full_sizes(rows)
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """Repeat each unit's verdict over its weights."""
+        trailing = [1] * (len(shape) - 2)
+        if not self.transposed:
+            return keep.view(-1, 1, *trailing).expand(shape)
+        per_group = keep.view(self.groups, 1, shape[1])
+        inputs = shape[0] // self.groups
+        return (
+            per_group.expand(self.groups, inputs, shape[1])
+            .reshape(shape[0], shape[1], *trailing)
+            .expand(shape)
+        )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rectangular blocks; those at a ragged edge are smaller.
+
+    Attributes:
+        block_size: Extent along each dimension, as many as the weight has.
+    """
+
+    block_size: tuple[int, ...]
+
+    def _check(self, shape: torch.Size) -> tuple[int, ...]:
+        if len(shape) != len(self.block_size):
+            raise ValueError(
+                f"block_size must have {len(shape)} entries for a weight of shape "
+                f"{tuple(shape)}, got {self.block_size}"
+            )
+        return tuple(math.ceil(n / b) for n, b in zip(shape, self.block_size, strict=True))
+
+    def _split(self, weight: Tensor) -> Tensor:
+        counts = self._check(weight.shape)
+        pads = [c * b - n for n, b, c in zip(weight.shape, self.block_size, counts, strict=True)]
+        if any(pads):
+            weight = nnf.pad(weight, [p for pad in reversed(pads) for p in (0, pad)])
+        interleaved = [n for pair in zip(counts, self.block_size, strict=True) for n in pair]
+        order = [*range(0, len(interleaved), 2), *range(1, len(interleaved), 2)]
+        return weight.reshape(interleaved).permute(order).reshape(math.prod(counts), -1)
+
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """One row per group."""
+        rows = self._split(weight)
+        if all(n % b == 0 for n, b in zip(weight.shape, self.block_size, strict=True)):
+            return rows, _full_sizes(rows)
+        sizes = self._split(torch.ones_like(weight, dtype=rows.dtype)).sum(1, keepdim=True)
+        return rows, sizes
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """Repeat each block's verdict over its weights."""
+        mask = keep.view(self._check(shape))
+        for dim, (extent, block) in enumerate(zip(shape, self.block_size, strict=True)):
+            mask = mask.repeat_interleave(block, dim=dim).narrow(dim, 0, extent)
+        return mask
+
+
+def _full_sizes(rows: Tensor) -> Tensor:
+    return torch.full((rows.shape[0], 1), rows.shape[1], dtype=rows.dtype, device=rows.device)
+
+
+def n_m_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Keep the ``n`` largest magnitudes of every ``m`` consecutive inputs (N:M sparsity).
+
+    Inputs are the second dimension (features of a Linear, channels of a convolution), which is how
+    sparse tensor cores read them (Mishra et al., "Accelerating Sparse Deep Neural Networks",
+    arXiv:2104.08378). Of equal magnitudes the first survive.
+
+    Args:
+        weight: ``(out, in, *kernel)``.
+        n: Kept per group, ``1 <= n <= m``.
+        m: Group size; must divide ``in``.
+
+    Returns:
+        Boolean mask of the weight's shape.
+
+    Raises:
+        ValueError: If ``m`` does not divide the input dimension.
+
+    Example:
+        >>> n_m_mask(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 2, 4)
+        tensor([[False,  True,  True, False]])
+    """
+    if weight.dim() < 2 or weight.shape[1] % m:
+        raise ValueError(f"m={m} must divide the input dimension of shape {tuple(weight.shape)}")
+    inputs_last = weight.abs().movedim(1, -1)
+    groups = inputs_last.reshape(-1, m)
+    order = groups.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+    return mask.reshape(inputs_last.shape).movedim(-1, 1).contiguous()

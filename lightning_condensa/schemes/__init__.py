@@ -1,0 +1,29 @@
+"""What to compress and how: schemes, their composition and their configuration."""
+
+from lightning_condensa.schemes.base import BoundScheme, NotFiniteError, Scheme
+from lightning_condensa.schemes.compose import Compose
+from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.prune import Prune
+from lightning_condensa.schemes.quantize import Quantize
+from lightning_condensa.schemes.selection import SelectionError, Skipped, Target
+from lightning_condensa.schemes.space import Choice, Range
+from lightning_condensa.schemes.structured import BlockPrune, FilterPrune, NeuronPrune, NMPrune
+
+__all__ = [
+    "BlockPrune",
+    "BoundScheme",
+    "Choice",
+    "Compose",
+    "Encoded",
+    "FilterPrune",
+    "NMPrune",
+    "NeuronPrune",
+    "NotFiniteError",
+    "Prune",
+    "Quantize",
+    "Range",
+    "Scheme",
+    "SelectionError",
+    "Skipped",
+    "Target",
+]

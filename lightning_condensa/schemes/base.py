@@ -1,0 +1,301 @@
+"""The scheme interface: Condensa's Π and Δ over named tensors.
+
+A scheme is *what to compress and how*: an immutable value that can be compared, searched over and
+written to YAML. Bound to a module (:meth:`Scheme.bind`) it becomes a pair of pure functions,
+Π: weights → θ and Δ: θ → weights, on which everything else is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lightning_condensa.schemes.config import changed_fields, decode, encode
+from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.selection import WEIGHT_TYPES, Skipped, Target, select, skipped
+from lightning_condensa.schemes.space import Dimension, is_dimension
+
+S = TypeVar("S", bound="Scheme")
+
+PRUNE, PROJECT, QUANTIZE = range(3)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Selector × view × projection (Condensa's scheme, arXiv:1911.02497 §3).
+
+    To write your own, subclass as a frozen dataclass and define :meth:`project`:
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Clip(Scheme):
+        ...     limit: float = 0.1
+        ...     def project(self, weight):
+        ...         return weight.clamp(-self.limit, self.limit)
+        >>> theta = Clip(0.5).bind(nn.Linear(4, 2)).pi({"weight": torch.full((2, 4), 3.0)})
+        >>> theta["weight"].decode().max()
+        tensor(0.5000)
+
+    Attributes:
+        include: Regular expressions over parameter names; empty selects all of ``types``.
+        exclude: Regular expressions over parameter names to leave alone.
+        types: Class names of the layers to compress; empty for the scheme's own.
+    """
+
+    include: str | Sequence[str] = field(default=(), kw_only=True)
+    exclude: str | Sequence[str] = field(default=(), kw_only=True)
+    types: str | Sequence[str] = field(default=(), kw_only=True)
+
+    #: Position in a composition: prune, then project values, then quantize.
+    order: ClassVar[int] = PROJECT
+    #: Layers compressed where ``types`` is empty.
+    default_types: ClassVar[tuple[str, ...]] = WEIGHT_TYPES
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude", "types"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name in ("include", "exclude"):
+            for pattern in getattr(self, name):
+                check_pattern(name, pattern)
+
+    # -- what a subclass defines -----------------------------------------------------------------
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The nearest weight the scheme allows, of the same shape; elementwise schemes only."""
+        raise TypeError(f"{type(self).__name__} must define project() or compress()")
+
+    def compress(
+        self, theta: Mapping[str, Encoded], targets: Sequence[Target]
+    ) -> dict[str, Encoded]:
+        """One stage of Π: new encodings for the scheme's own tensors.
+
+        Args:
+            theta: Encodings so far, by parameter name.
+            targets: The tensors of this scheme.
+
+        Returns:
+            Encodings of the tensors it changed. Pruned elements stay exactly zero.
+        """
+        changed = {}
+        for target in targets:
+            encoded = theta[target.name]
+            codes = self.project(encoded.codes)
+            if encoded.mask is not None:
+                codes = codes.mul(encoded.mask)
+            changed[target.name] = encoded.replace(codes=codes)
+        return changed
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Raise ``ValueError`` where the scheme cannot compress a selected tensor."""
+
+    def structure(self, targets: Sequence[Target]) -> object:
+        """What the scheme makes of its targets, comparable: equal for schemes that do the same."""
+        return self
+
+    def relaxed(self: S, progress: float) -> S:
+        """The scheme part of the way from dense (0) to compressed (1), for ramps."""
+        return self
+
+    def names(self, targets: Sequence[Target]) -> list[str]:
+        """The parameters that the scheme changes."""
+        return [t.name for t in targets]
+
+    # -- what every scheme has -------------------------------------------------------------------
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """Class names of the layers that the scheme selects."""
+        return tuple(self.types) or self.default_types
+
+    @property
+    def stages(self) -> tuple[Scheme, ...]:
+        """The schemes composed, first applied first; itself for a single one."""
+        return (self,)
+
+    def select(self, module: nn.Module) -> list[Target]:
+        """The weights of ``module`` that the scheme compresses.
+
+        Raises:
+            SelectionError: If there is none, or a pattern matches none.
+        """
+        return select(module, self.layer_types, self.include, self.exclude)
+
+    def skipped(self, module: nn.Module) -> list[Skipped]:
+        """The parameters of ``module`` that the scheme leaves alone, and why."""
+        return skipped(module, self.layer_types, self.include, self.exclude)
+
+    def bind(self, module: nn.Module) -> BoundScheme:
+        """Resolve the scheme against a module, checking everything that can be checked.
+
+        Raises:
+            SelectionError: If a stage selects nothing.
+            ValueError: If a stage cannot compress what it selects, or a search dimension is
+                still open.
+        """
+        if self.space():
+            raise ValueError(
+                f"the scheme still has open dimensions {sorted(self.space())}: "
+                "give values with scheme.at(...), or search them with CondensaSearch"
+            )
+        stages = []
+        for stage in self.stages:
+            targets = tuple(stage.select(module))
+            stage.check(targets)
+            stages.append((stage, targets))
+        order = [name for name, _ in module.named_parameters()]
+        used = {name for stage, targets in stages for name in stage.names(targets)}
+        return BoundScheme(self, tuple(stages), tuple(n for n in order if n in used))
+
+    def space(self) -> dict[str, Dimension]:
+        """The open search dimensions by name, in a fixed order."""
+        return {f.name: v for f in fields(self) if is_dimension(v := getattr(self, f.name))}
+
+    def at(self: S, values: Mapping[str, Any]) -> S:
+        """The scheme with search dimensions replaced by values.
+
+        Raises:
+            ValueError: If a name is not a dimension of the scheme, or a value is not accepted.
+        """
+        unknown = sorted(set(values) - set(self.space()))
+        if unknown:
+            raise ValueError(f"no search dimension {unknown}; there are {sorted(self.space())}")
+        return replace(self, **values)
+
+    # -- as text and plain data ------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """One line for people: the class and what differs from its defaults.
+
+        Example:
+            >>> from lightning_condensa import Prune
+            >>> Prune(0.1).describe()
+            'Prune(density=0.1)'
+        """
+        settings = ", ".join(f"{k}={v!r}" for k, v in changed_fields(self).items())
+        return f"{type(self).__name__}({settings})"
+
+    def to_config(self) -> dict[str, Any]:
+        """The scheme as ``{"class_path": …, "init_args": {…}}``, the layout of jsonargparse.
+
+        Raises:
+            ValueError: If a field holds something that plain data cannot, such as a function.
+
+        Example:
+            >>> from lightning_condensa import Prune
+            >>> Prune(0.05).to_config()
+            {'class_path': 'lightning_condensa.Prune', 'init_args': {'density': 0.05}}
+        """
+        config: dict[str, Any] = encode(self)
+        return config
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Scheme:
+        """The scheme that :meth:`to_config` wrote.
+
+        ``class_path`` may be a bare name for the schemes of this package. Other classes are
+        imported by their path, so only read configurations you would also run.
+
+        Raises:
+            ValueError: If the configuration does not describe a scheme.
+        """
+        value = decode(config)
+        if not isinstance(value, Scheme):
+            raise ValueError(f"the configuration must describe a scheme, got {config!r}")
+        return value
+
+    def to_yaml(self) -> str:
+        """The scheme as YAML."""
+        return yaml.safe_dump(self.to_config(), sort_keys=False)
+
+    @staticmethod
+    def from_yaml(text: str) -> Scheme:
+        """The scheme in a YAML text.
+
+        Raises:
+            ValueError: If the text is not YAML, or does not describe a scheme.
+
+        Example:
+            >>> Scheme.from_yaml("{class_path: Prune, init_args: {density: 0.05}}").describe()
+            'Prune(density=0.05)'
+        """
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"not YAML: {error}") from error
+        return Scheme.from_config(config)
+
+
+@dataclass(frozen=True)
+class BoundScheme:
+    """A scheme resolved against one module: Π and Δ as pure functions of named tensors.
+
+    Attributes:
+        scheme: The scheme.
+        stages: Each stage with its targets, first applied first.
+        names: Every parameter that some stage changes, in the module's order.
+    """
+
+    scheme: Scheme
+    stages: tuple[tuple[Scheme, tuple[Target, ...]], ...]
+    names: tuple[str, ...]
+
+    def pi(self, weights: Mapping[str, Tensor]) -> dict[str, Encoded]:
+        """Π: compress.
+
+        Args:
+            weights: The tensors called :attr:`names`; others are ignored.
+
+        Returns:
+            θ, an encoding for each name.
+
+        Raises:
+            NotFiniteError: If a weight is not finite.
+        """
+        theta = {name: Encoded.dense(weights[name].detach()) for name in self.names}
+        for stage, targets in self.stages:
+            theta.update(stage.compress(theta, targets))
+        return theta
+
+    def delta(self, theta: Mapping[str, Encoded]) -> dict[str, Tensor]:
+        """Δ: decompress to dense tensors."""
+        return {name: theta[name].decode() for name in self.names}
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What the scheme makes of the module, comparable: equal for schemes that do the same."""
+        return tuple(stage.structure(targets) for stage, targets in self.stages)
+
+    def relaxed(self, progress: float) -> BoundScheme:
+        """The same tensors under a scheme part of the way from dense (0) to compressed (1)."""
+        if progress >= 1:
+            return self
+        stages = tuple((stage.relaxed(progress), targets) for stage, targets in self.stages)
+        return replace(self, stages=stages)
+
+
+class NotFiniteError(ValueError):
+    """A weight to compress is not finite: training has diverged."""
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise :class:`NotFiniteError` if ``tensor`` holds NaN or infinity."""
+    # One reduction, no temporary; float32 so that finite halves cannot overflow the sum.
+    if not bool(tensor.sum(dtype=torch.float32).isfinite()):
+        raise NotFiniteError(f"{name} holds values that are not finite: training has diverged")
+
+
+def check_pattern(argument: str, pattern: str) -> None:
+    """Raise ``ValueError`` unless ``pattern`` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{argument} must hold regular expressions, got {pattern!r} ({error})"
+        ) from error

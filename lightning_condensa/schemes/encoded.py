@@ -1,0 +1,81 @@
+"""θ for one tensor: what a scheme keeps of a weight, and how to get the weight back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_condensa.functional.bits import dtype_bits
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A compressed tensor, ``Δ(θ) = codes · scale`` (Condensa's θ, arXiv:1911.02497 §4).
+
+    Attributes:
+        codes: Values or integer codes, of the weight's own shape. Pruned elements are zero.
+        dtype: Floating point type of the decoded weight.
+        scale: ``None`` or a float32 tensor that broadcasts against ``codes``.
+        mask: ``None`` (every element may be non-zero) or a boolean tensor of the weight's shape,
+            true where the scheme lets an element live: the support that fine-tuning keeps.
+    """
+
+    codes: Tensor
+    dtype: torch.dtype
+    scale: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def dense(cls, weight: Tensor) -> Encoded:
+        """The identity encoding: where every chain of projections starts."""
+        return cls(codes=weight, dtype=weight.dtype)
+
+    def replace(self, **changes: object) -> Encoded:
+        """A copy with some attributes changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> Encoded:
+        """The encoding on another device."""
+        tensors = {"codes": self.codes, "scale": self.scale, "mask": self.mask}
+        moved = {k: None if t is None else t.to(device) for k, t in tensors.items()}
+        return self.replace(**moved)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the codes are of another type than the weight."""
+        return self.codes.dtype != self.dtype or self.scale is not None
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of one stored value."""
+        return dtype_bits(self.codes.dtype)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        return self.codes.numel()
+
+    @property
+    def nnz(self) -> int:
+        """Non-zero elements: what a sparse file has to store."""
+        return int(torch.count_nonzero(self.codes))
+
+    @property
+    def density(self) -> float:
+        """Share of non-zero elements."""
+        return self.nnz / max(self.numel, 1)
+
+    @property
+    def storage_bits(self) -> int:
+        """The paper's count: surviving values, and the scales they need, without positions."""
+        scale = 0 if self.scale is None else self.scale.numel() * dtype_bits(self.scale.dtype)
+        return self.nnz * self.value_bits + scale
+
+    def decode(self) -> Tensor:
+        """``Δ(θ)``: the dense weight, of type ``dtype``."""
+        if self.scale is None:
+            return self.codes.to(self.dtype)
+        # In float32 first: a narrower product would round before the final type does.
+        return (self.codes.to(torch.float32) * self.scale).to(self.dtype)

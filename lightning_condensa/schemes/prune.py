@@ -1,0 +1,241 @@
+"""Magnitude pruning to an exact density, element by element; base of the structured pruners."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_condensa.functional.topk import topk_masks
+from lightning_condensa.schemes.base import PRUNE, Scheme, check_pattern, require_finite
+from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.selection import SelectionError, Target
+from lightning_condensa.schemes.space import Choice, Dimension, Range, is_dimension
+
+P = TypeVar("P", bound="DensityPrune")
+Density = float | Range | Choice
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Tensors that share one threshold."""
+
+    density: float
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class DensityPrune(Scheme):
+    """Keep the ``round(density × N)`` largest of N elements or groups; base of the pruners.
+
+    Attributes:
+        density: Share kept, in (0, 1], or a search dimension.
+        scope: ``"global"``: one threshold over all selected tensors, as the paper does;
+            ``"layer"``: one for each tensor.
+        min_per_layer: Elements or groups that survive in every tensor whatever the threshold,
+            a guard against layer collapse. The total stays exact.
+        overrides: Regular expression → density, first match wins. The tensors of one pattern
+            share a threshold of their own.
+    """
+
+    density: Density
+    scope: Literal["global", "layer"] = field(default="global", kw_only=True)
+    min_per_layer: int = field(default=1, kw_only=True)
+    overrides: Mapping[str, Density] = field(default_factory=dict, kw_only=True, hash=False)
+
+    order: ClassVar[int] = PRUNE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_density("density", self.density)
+        if self.scope not in ("global", "layer"):
+            raise ValueError(f"scope must be 'global' or 'layer', got {self.scope!r}")
+        if not isinstance(self.min_per_layer, int) or self.min_per_layer < 0:
+            raise ValueError(f"min_per_layer must be an int >= 0, got {self.min_per_layer!r}")
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        for pattern, density in self.overrides.items():
+            check_pattern("overrides", pattern)
+            check_density(f"overrides[{pattern!r}]", density)
+
+    # -- what a grouping defines -----------------------------------------------------------------
+
+    @abstractmethod
+    def score(self, target: Target, weight: Tensor) -> Tensor:
+        """The importance of each element or group, any shape."""
+
+    @abstractmethod
+    def expand(self, target: Target, keep: Tensor, shape: torch.Size) -> Tensor:
+        """The element mask of the weight from the mask over its scores."""
+
+    # -- the projection --------------------------------------------------------------------------
+
+    def compress(
+        self, theta: Mapping[str, Encoded], targets: Sequence[Target]
+    ) -> dict[str, Encoded]:
+        """Zero what falls below the threshold of its pool; exact counts, ties cut in order."""
+        changed = {}
+        for pool in self.pools(targets):
+            scores = [self._finite_score(t, theta[t.name]) for t in pool.targets]
+            for target, keep in zip(pool.targets, self._keep(pool, scores), strict=True):
+                encoded = theta[target.name]
+                mask = self.expand(target, keep, encoded.codes.shape)
+                changed[target.name] = masked(encoded, mask)
+                changed.update(self.follow(theta, target, keep))
+        return changed
+
+    def follow(
+        self, theta: Mapping[str, Encoded], target: Target, keep: Tensor
+    ) -> dict[str, Encoded]:
+        """Encodings of parameters that go with a tensor's groups, such as biases."""
+        return {}
+
+    def _finite_score(self, target: Target, encoded: Encoded) -> Tensor:
+        score = self.score(target, encoded.codes)
+        require_finite(target.name, score)
+        return score
+
+    def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
+        sizes = [s.numel() for s in scores]
+        floors = [min(self.min_per_layer, n) for n in sizes]
+        k = _kept(pool, sum(sizes), sum(floors), self.min_per_layer)
+        keep: list[Tensor] = topk_masks(scores, k)
+        poor = [i for i, m in enumerate(keep) if int(m.sum()) < floors[i]]
+        fixed: set[int] = set()
+        while poor:
+            # A tensor below its floor keeps exactly its floor; the others share what is left,
+            # which can push another one below.
+            fixed.update(poor)
+            for i in poor:
+                keep[i] = topk_masks([scores[i]], floors[i])[0]
+            free = [i for i in range(len(scores)) if i not in fixed]
+            left = k - sum(floors[i] for i in fixed)
+            for i, mask in zip(free, topk_masks([scores[i] for i in free], left), strict=True):
+                keep[i] = mask
+            poor = [i for i in free if int(keep[i].sum()) < floors[i]]
+        return keep
+
+    def pools(self, targets: Sequence[Target]) -> Iterator[Pool]:
+        """The tensors grouped by the threshold they share.
+
+        Raises:
+            SelectionError: If an override matches no selected tensor.
+        """
+        members: dict[str | None, list[Target]] = {p: [] for p in (*self.overrides, None)}
+        for target in targets:
+            pattern = next((p for p in self.overrides if re.search(p, target.name)), None)
+            members[pattern].append(target)
+        for pattern, group in members.items():
+            if pattern is not None and not group:
+                raise SelectionError(
+                    f"overrides={pattern!r} matches no selected weight (or an earlier pattern "
+                    f"took them all); there are {', '.join(t.name for t in targets)}"
+                )
+            density = self.density if pattern is None else self.overrides[pattern]
+            assert isinstance(density, int | float)
+            if self.scope == "layer":
+                yield from (Pool(density, (target,)) for target in group)
+            elif group:
+                yield Pool(density, tuple(group))
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Check that every pool keeps something of every tensor."""
+        for pool in self.pools(targets):
+            self._count(pool)
+
+    def _groups_of(self, target: Target) -> int:
+        return self.score(target, torch.empty(target.shape, device="meta")).numel()
+
+    def structure(self, targets: Sequence[Target]) -> object:
+        """The count that each pool keeps: densities that round to the same count are the same."""
+        return tuple(
+            (tuple(t.name for t in pool.targets), self._count(pool)) for pool in self.pools(targets)
+        )
+
+    def _count(self, pool: Pool) -> int:
+        sizes = [self._groups_of(t) for t in pool.targets]
+        floors = [min(self.min_per_layer, n) for n in sizes]
+        return _kept(pool, sum(sizes), sum(floors), self.min_per_layer)
+
+    def relaxed(self: P, progress: float) -> P:
+        """Density part of the way down from 1."""
+
+        def ramp(density: Density) -> float:
+            assert isinstance(density, int | float)
+            return 1 - (1 - density) * progress
+
+        overrides = {p: ramp(d) for p, d in self.overrides.items()}
+        return replace(self, density=ramp(self.density), overrides=overrides)
+
+    # -- search dimensions: overrides may hold some too ------------------------------------------
+
+    def space(self) -> dict[str, Dimension]:
+        """The open dimensions: ``density``, and ``density[pattern]`` for overrides."""
+        inner: dict[str, Any] = {f"density[{p}]": d for p, d in self.overrides.items()}
+        return super().space() | {name: d for name, d in inner.items() if is_dimension(d)}
+
+    def at(self: P, values: Mapping[str, Any]) -> P:
+        """The scheme with values for some dimensions."""
+        overrides = {p: values.get(f"density[{p}]", d) for p, d in self.overrides.items()}
+        own = {n: v for n, v in values.items() if n.partition("[")[2][:-1] not in overrides}
+        return replace(super().at(own), overrides=overrides)
+
+
+@dataclass(frozen=True)
+class Prune(DensityPrune):
+    """Unstructured magnitude pruning.
+
+    Within its density it is the nearest sparse point in the Euclidean norm.
+
+    Example:
+        >>> bound = Prune(0.5).bind(torch.nn.Linear(4, 1, bias=False))
+        >>> bound.pi({"weight": torch.tensor([[1.0, -4.0, 3.0, 0.5]])})["weight"].codes
+        tensor([[ 0., -4.,  3.,  0.]])
+    """
+
+    def score(self, target: Target, weight: Tensor) -> Tensor:
+        """Magnitudes."""
+        return weight.abs()
+
+    def expand(self, target: Target, keep: Tensor, shape: torch.Size) -> Tensor:
+        """The mask itself."""
+        return keep
+
+
+def masked(encoded: Encoded, mask: Tensor) -> Encoded:
+    """The encoding with everything outside ``mask`` exactly zero."""
+    if encoded.mask is not None:
+        mask = mask & encoded.mask
+    return encoded.replace(codes=torch.where(mask, encoded.codes, 0), mask=mask)
+
+
+def check_density(argument: str, density: object) -> None:
+    """Raise ``ValueError`` unless ``density`` is a number in (0, 1], or dimensions of such."""
+    values: Sequence[object] = (density,)
+    if isinstance(density, Range):
+        values = (density.low, density.high)
+    elif isinstance(density, Choice):
+        values = density.options
+    for value in values:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < float(value) <= 1 or math.isnan(float(value)):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{argument} must be a number in (0, 1], or a Range or Choice of such, "
+                f"got {density!r}"
+            )
+
+
+def _kept(pool: Pool, total: int, floor: int, min_per_layer: int) -> int:
+    kept = round(pool.density * total)
+    if kept < max(floor, 1):
+        names = ", ".join(t.name for t in pool.targets)
+        raise ValueError(
+            f"density={pool.density!r} keeps {kept} of {total} elements or groups of {names}, "
+            f"fewer than the {max(floor, 1)} needed (min_per_layer={min_per_layer})"
+        )
+    return kept

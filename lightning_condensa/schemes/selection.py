@@ -1,0 +1,154 @@
+"""Which parameters of a module a scheme compresses, and why not the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+LINEAR_TYPES = ("Linear",)
+CONV_TYPES = (
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+)
+RECURRENT_TYPES = ("RNNBase", "RNNCellBase")
+ATTENTION_TYPES = ("MultiheadAttention",)
+WEIGHT_TYPES = LINEAR_TYPES + CONV_TYPES + RECURRENT_TYPES + ATTENTION_TYPES
+
+
+class SelectionError(ValueError):
+    """A scheme selects nothing, or something it cannot compress."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One selected weight.
+
+    Attributes:
+        name: Its name in ``module.named_parameters()``.
+        shape: Its shape.
+        layer: Class name of the layer that owns it.
+        bias: Name of the bias of the same layer, if there is one.
+        transposed: Whether the layout is that of a transposed convolution.
+        groups: Groups of the convolution.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: str
+    bias: str | None = None
+    transposed: bool = False
+    groups: int = 1
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of output channels."""
+        return 1 if self.transposed else 0
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter that a scheme leaves alone, and the reason."""
+
+    name: str
+    reason: str
+
+
+def select(
+    module: nn.Module,
+    types: Sequence[str],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[Target]:
+    """The weights that a scheme compresses, in the module's order, shared ones once.
+
+    Args:
+        module: The network.
+        types: Class names of layers, matched against each layer's class and its bases.
+        include: Regular expressions; where given, a parameter's name must match one
+            (``re.search``).
+        exclude: Regular expressions; a parameter whose name matches one is left alone.
+
+    Raises:
+        SelectionError: If nothing is left, if a pattern matches no candidate, or if a layer
+            is lazy and has not been run yet.
+    """
+    targets = [t for t, reason in _judge(module, types, include, exclude) if reason is None]
+    candidates = [t.name for t, reason in _judge(module, types, (), ()) if reason is None]
+    for kind, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in candidates):
+                raise SelectionError(
+                    f"{kind}={pattern!r} matches no weight; there are {_shorten(candidates)}"
+                )
+    if not targets:
+        raise SelectionError(
+            f"the scheme selects no weight of {type(module).__name__}: types={tuple(types)}, "
+            f"include={tuple(include)}, exclude={tuple(exclude)}; "
+            f"weights of these types: {_shorten(candidates)}"
+        )
+    return targets
+
+
+def skipped(
+    module: nn.Module,
+    types: Sequence[str],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[Skipped]:
+    """The parameters that :func:`select` leaves alone, each with its reason."""
+    judged = _judge(module, types, include, exclude)
+    return [Skipped(t.name, reason) for t, reason in judged if reason is not None]
+
+
+def _judge(
+    module: nn.Module, types: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+) -> Iterator[tuple[Target, str | None]]:
+    seen: set[int] = set()
+    for prefix, layer in module.named_modules():
+        bases = {base.__name__ for base in type(layer).__mro__}
+        for local, parameter in layer.named_parameters(prefix=prefix, recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(parameter, UninitializedParameter):
+                raise SelectionError(
+                    f"{local} is not initialized yet: run one batch through the lazy module first"
+                )
+            reason: str | None = None
+            if bases.isdisjoint(types):
+                reason = f"layer type {type(layer).__name__} is not selected"
+            elif parameter.dim() < 2:
+                reason = "not a weight matrix (fewer than two dimensions)"
+            elif not parameter.is_floating_point():
+                reason = f"of type {parameter.dtype}"
+            elif include and not any(re.search(p, local) for p in include):
+                reason = "matches no include pattern"
+            elif matched := next((p for p in exclude if re.search(p, local)), None):
+                reason = f"excluded by {matched!r}"
+            bias = getattr(layer, "bias", None)
+            owns_bias = isinstance(bias, nn.Parameter) and local.endswith("weight")
+            groups = getattr(layer, "groups", 1)
+            yield (
+                Target(
+                    name=local,
+                    shape=tuple(parameter.shape),
+                    layer=type(layer).__name__,
+                    bias=local.removesuffix("weight") + "bias" if owns_bias else None,
+                    transposed=bool(getattr(layer, "transposed", False)),
+                    groups=groups if isinstance(groups, int) else 1,
+                ),
+                reason,
+            )
+
+
+def _shorten(names: Sequence[str], limit: int = 8) -> str:
+    shown = ", ".join(names[:limit]) or "none"
+    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

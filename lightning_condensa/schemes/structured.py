@@ -1,0 +1,164 @@
+"""Structured pruning: the same exact density over rows, filters and blocks; N:M sparsity."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_condensa.functional.criteria import Criterion, get_criterion
+from lightning_condensa.functional.grouping import Blocks, Grouping, Slices, n_m_mask
+from lightning_condensa.functional.topk import topk_masks
+from lightning_condensa.schemes.base import PRUNE, Scheme, require_finite
+from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.prune import DensityPrune, Pool, masked
+from lightning_condensa.schemes.selection import CONV_TYPES, LINEAR_TYPES, Target
+
+
+@dataclass(frozen=True)
+class GroupPrune(DensityPrune):
+    """Structured pruning under any grouping; base of the structured pruners.
+
+    Attributes:
+        criterion: Score of a group: ``"l1"``, ``"l2"``, ``"max"``, ``"mean"``, ``"min"``,
+            ``"sum"`` or a callable (see :mod:`lightning_condensa.functional.criteria`).
+        align: Keep a multiple of this many groups in each tensor (the nearest one, at least
+            one multiple, at most all groups).
+        prune_bias: Also zero the bias of a removed row or filter.
+    """
+
+    criterion: str | Criterion = field(default="l2", kw_only=True)
+    align: int = field(default=1, kw_only=True)
+    prune_bias: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_criterion(self.criterion)
+        if not isinstance(self.align, int) or self.align < 1:
+            raise ValueError(f"align must be an int >= 1, got {self.align!r}")
+
+    @abstractmethod
+    def grouping(self, target: Target) -> Grouping:
+        """The groups of one tensor."""
+
+    def score(self, target: Target, weight: Tensor) -> Tensor:
+        """The criterion over each group's magnitudes, ``(groups,)``."""
+        rows, sizes = self.grouping(target).split(weight)
+        if rows.is_meta:  # only counted: a criterion may branch on values
+            return rows[:, 0]
+        return get_criterion(self.criterion)(rows.abs(), sizes)
+
+    def expand(self, target: Target, keep: Tensor, shape: torch.Size) -> Tensor:
+        """Repeat each group's verdict over its elements."""
+        return self.grouping(target).expand(keep, shape)
+
+    def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
+        keep = super()._keep(pool, scores)
+        if self.align == 1:
+            return keep
+        return [self._aligned(s, int(m.sum())) for s, m in zip(scores, keep, strict=True)]
+
+    def _aligned(self, score: Tensor, count: int) -> Tensor:
+        multiple = max(round(count / self.align), 1) * self.align
+        return topk_masks([score], min(multiple, score.numel()))[0]
+
+
+@dataclass(frozen=True)
+class _SlicePrune(GroupPrune):
+    """Output units: a row or filter, with its bias."""
+
+    def grouping(self, target: Target) -> Grouping:
+        return Slices(transposed=target.transposed, groups=target.groups)
+
+    def names(self, targets: Sequence[Target]) -> list[str]:
+        biases = [t.bias for t in targets if self.prune_bias and t.bias is not None]
+        return [*super().names(targets), *biases]
+
+    def follow(
+        self, theta: Mapping[str, Encoded], target: Target, keep: Tensor
+    ) -> dict[str, Encoded]:
+        if not self.prune_bias or target.bias is None:
+            return {}
+        return {target.bias: masked(theta[target.bias], keep)}
+
+
+@dataclass(frozen=True)
+class NeuronPrune(_SlicePrune):
+    """Remove whole neurons: rows of Linear layers, with their biases."""
+
+    default_types: ClassVar[tuple[str, ...]] = LINEAR_TYPES
+
+
+@dataclass(frozen=True)
+class FilterPrune(_SlicePrune):
+    """Remove whole filters of convolutions, transposed and grouped ones too, with biases."""
+
+    default_types: ClassVar[tuple[str, ...]] = CONV_TYPES
+
+
+@dataclass(frozen=True)
+class BlockPrune(GroupPrune):
+    """Remove rectangular blocks.
+
+    Attributes:
+        block_size: Extent of a block along each dimension of the weights, e.g. ``(4, 4)``.
+            Blocks at a ragged edge are smaller and are scored by what they hold.
+    """
+
+    block_size: Sequence[int] = field(default=(4, 4))
+
+    default_types: ClassVar[tuple[str, ...]] = LINEAR_TYPES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "block_size", tuple(self.block_size))
+        if not self.block_size or any(not isinstance(b, int) or b < 1 for b in self.block_size):
+            raise ValueError(f"block_size must hold ints >= 1, got {self.block_size!r}")
+
+    def grouping(self, target: Target) -> Grouping:
+        """Blocks of ``block_size``."""
+        return Blocks(tuple(self.block_size))
+
+
+@dataclass(frozen=True)
+class NMPrune(Scheme):
+    """N:M sparsity: the ``n`` largest of every ``m`` consecutive inputs survive.
+
+    Attributes:
+        n: Kept in each group.
+        m: Size of a group; must divide the input dimension of every selected weight.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    order: ClassVar[int] = PRUNE
+    default_types: ClassVar[tuple[str, ...]] = LINEAR_TYPES + CONV_TYPES[:3]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n <= self.m):
+            raise ValueError(f"NMPrune needs integers 1 <= n <= m, got n={self.n!r}, m={self.m!r}")
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Check that ``m`` divides every input dimension."""
+        for target in targets:
+            if target.shape[1] % self.m:
+                raise ValueError(
+                    f"NMPrune({self.n}, {self.m}): m={self.m} does not divide the "
+                    f"{target.shape[1]} inputs of {target.name} {target.shape}; "
+                    f"leave it out with exclude="
+                )
+
+    def compress(
+        self, theta: Mapping[str, Encoded], targets: Sequence[Target]
+    ) -> dict[str, Encoded]:
+        """Zero all but the ``n`` largest of each group."""
+        codes = {t.name: theta[t.name].codes for t in targets}
+        for name, weight in codes.items():
+            require_finite(name, weight)
+        return {name: masked(theta[name], n_m_mask(w, self.n, self.m)) for name, w in codes.items()}
