@@ -1,0 +1,7 @@
+"""Compression during training, as Lightning callbacks."""
+
+from lightning_condensa.callbacks.condensa import CondensaCallback
+from lightning_condensa.callbacks.direct import DirectCompression
+from lightning_condensa.callbacks.masked_finetune import MaskedFineTune
+
+__all__ = ["CondensaCallback", "DirectCompression", "MaskedFineTune"]

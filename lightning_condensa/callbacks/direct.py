@@ -1,0 +1,58 @@
+"""Compression without retraining."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from lightning_condensa.deploy import CompressedModel, Report, load_theta
+from lightning_condensa.schemes import Scheme
+
+
+class DirectCompression(Callback):
+    """Project the module onto a scheme when training ends: the baseline for every other way.
+
+    To compress a module that is trained already, use :meth:`CompressedModel.compress`.
+
+    Args:
+        scheme: What to compress, and how.
+
+    Raises:
+        ValueError: If ``scheme`` is no scheme; at the start of ``fit``, if it does not fit the
+            module.
+
+    Example:
+        >>> from lightning_condensa import DirectCompression, Quantize
+        >>> callback = DirectCompression(Quantize("int8"))
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        if not isinstance(scheme, Scheme):
+            raise ValueError(f"scheme must be a scheme such as Prune(0.1), got {scheme!r}")
+        self.scheme = scheme
+        self._compressed: CompressedModel | None = None
+
+    @property
+    def compressed(self) -> CompressedModel:
+        """The compressed model.
+
+        Raises:
+            RuntimeError: Before the end of ``fit``.
+        """
+        if self._compressed is None:
+            raise RuntimeError("there is no compressed model yet: run trainer.fit first")
+        return self._compressed
+
+    def report(self) -> Report:
+        """Per-layer density, bits and bytes, and why the other parameters were left alone."""
+        return self.compressed.report()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the scheme against the module, before any training."""
+        self.scheme.bind(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put Δ(Π(w)) into the module."""
+        theta = self.scheme.bind(pl_module).pi(dict(pl_module.named_parameters()))
+        load_theta(pl_module, theta)
+        self._compressed = CompressedModel(pl_module, theta, self.scheme)
