@@ -1,0 +1,28 @@
+"""From θ to files: the compressed model, its report and the packed format."""
+
+from lightning_condensa.deploy.compressed import CompressedModel, load_compressed, load_theta
+from lightning_condensa.deploy.errors import PackedFileError
+from lightning_condensa.deploy.packed import (
+    Packed,
+    inspect_packed,
+    pack,
+    read_packed,
+    unpack,
+    write_packed,
+)
+from lightning_condensa.deploy.report import LayerRow, Report
+
+__all__ = [
+    "CompressedModel",
+    "LayerRow",
+    "Packed",
+    "PackedFileError",
+    "Report",
+    "inspect_packed",
+    "load_compressed",
+    "load_theta",
+    "pack",
+    "read_packed",
+    "unpack",
+    "write_packed",
+]

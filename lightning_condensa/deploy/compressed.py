@@ -1,0 +1,158 @@
+"""The result of compression: a module that holds Δ(θ), together with θ itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_condensa.deploy.errors import PackedFileError
+from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_packed
+from lightning_condensa.deploy.report import Report
+from lightning_condensa.schemes import Encoded, Scheme
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class CompressedModel:
+    """A module whose compressed parameters hold Δ(θ), with θ beside it.
+
+    Args:
+        module: The module; its compressed parameters already hold the decoded values.
+        theta: θ by parameter name.
+        scheme: The scheme that made θ.
+
+    Attributes:
+        module: The module.
+        theta: θ by parameter name.
+        scheme: The scheme.
+    """
+
+    def __init__(self, module: nn.Module, theta: Mapping[str, Encoded], scheme: Scheme) -> None:
+        self.module = module
+        self.theta = dict(theta)
+        self.scheme = scheme
+
+    @classmethod
+    def compress(cls, module: nn.Module, scheme: Scheme) -> CompressedModel:
+        """Project a copy of ``module`` onto the scheme, without any training.
+
+        Example:
+            >>> from lightning_condensa import CompressedModel, Prune
+            >>> compressed = CompressedModel.compress(nn.Linear(10, 10), Prune(0.2))
+            >>> int(torch.count_nonzero(compressed.module.weight))
+            20
+        """
+        copy = deepcopy(module)
+        theta = scheme.bind(copy).pi(dict(copy.named_parameters()))
+        load_theta(copy, theta)
+        return cls(copy, theta, scheme)
+
+    @property
+    def value_bytes(self) -> float:
+        """The paper's memory footprint: bytes of all non-zero values, without positions."""
+        other = [p for n, p in self.module.named_parameters() if n not in self.theta]
+        dense = sum(int(torch.count_nonzero(p)) * p.element_size() for p in other)
+        return dense + sum(e.storage_bits for e in self.theta.values()) / 8
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A plain state dict that loads into the original class."""
+        return _state_dict(self.packed())
+
+    def packed(self) -> Packed:
+        """θ and the rest of the module's state, ready to be written.
+
+        Raises:
+            ValueError: If the module keeps extra state that is not a tensor.
+        """
+        rest: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        owners: dict[int, str] = {}  # keep_vars: tied entries are the same object
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name} in the module's state dict is {type(value).__name__}, not a tensor: "
+                    "it cannot be stored without pickle"
+                )
+            owner = owners.setdefault(id(value), name)
+            if owner != name:
+                aliases[name] = owner
+                continue
+            if name not in self.theta:
+                rest[name] = value.detach().cpu()
+        encoded = {n: e.to(torch.device("cpu")) for n, e in self.theta.items()}
+        return Packed(encoded, rest, aliases, {"scheme": self.scheme.to_yaml()})
+
+    def save(self, path: str | Path) -> int:
+        """Write the packed file.
+
+        Args:
+            path: Where to; replaced atomically.
+
+        Returns:
+            Its size in bytes.
+        """
+        return write_packed(path, self.packed())
+
+    def file_bytes(self) -> int:
+        """Size of the packed file, without writing it."""
+        return len(pack(self.packed()))
+
+    def report(self, gaps: Mapping[str, float] | None = None) -> Report:
+        """Per-layer density, bits, bytes and gap, and why other parameters were left alone."""
+        named = [s for s in self.scheme.skipped(self.module) if s.name not in self.theta]
+        return Report.of(self.theta, named, gaps or {})
+
+    def __repr__(self) -> str:
+        return f"CompressedModel({type(self.module).__name__}, {self.scheme.describe()})"
+
+
+def load_compressed(path: str | Path, module: M) -> M:
+    """Load a packed file into a module of the class it was made from; outputs are the same.
+
+    Args:
+        path: A file that :meth:`CompressedModel.save` wrote.
+        module: A module with the same parameters and buffers; overwritten in place.
+
+    Returns:
+        The module.
+
+    Raises:
+        PackedFileError: If the file is damaged, or belongs to another module.
+    """
+    state = _state_dict(read_packed(path))
+    own = module.state_dict()
+    missing = sorted(set(own) - set(state))
+    unexpected = sorted(set(state) - set(own))
+    wrong = sorted(n for n in set(own) & set(state) if own[n].shape != state[n].shape)
+    if missing or unexpected or wrong:
+        differences: dict[str, Any] = {
+            "missing from the file": missing,
+            "only in the file": unexpected,
+            "of another shape": wrong,
+        }
+        listed = "; ".join(f"{k}: {', '.join(v[:5])}" for k, v in differences.items() if v)
+        raise PackedFileError(
+            f"{path} belongs to another module than {type(module).__name__}: {listed}"
+        )
+    module.load_state_dict(state)
+    return module
+
+
+def _state_dict(packed: Packed) -> dict[str, Tensor]:
+    state = {n: e.decode() for n, e in packed.encoded.items()}
+    state.update(packed.rest)
+    state.update({alias: state[name] for alias, name in packed.aliases.items()})
+    return state
+
+
+@torch.no_grad()
+def load_theta(module: nn.Module, theta: Mapping[str, Encoded]) -> None:
+    """Overwrite the compressed parameters of a module with Δ(θ)."""
+    parameters = dict(module.named_parameters())
+    for name, encoded in theta.items():
+        parameters[name].copy_(encoded.decode())

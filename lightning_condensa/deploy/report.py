@@ -1,0 +1,111 @@
+"""The per-layer table of what was compressed, how far, and why not."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_condensa.schemes import Encoded, Skipped
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One compressed parameter.
+
+    Attributes:
+        name: Parameter name.
+        shape: Its shape.
+        nnz: Non-zero elements.
+        density: Share of non-zeros.
+        bits: Bits of one stored value.
+        value_bytes: Bytes of the surviving values and their scales (the paper's count).
+        gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖ at the end of the L-C phase; NaN where there was none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nnz: int
+    density: float
+    bits: int
+    value_bytes: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Per-layer figures of a compressed model; ``print`` shows a table.
+
+    Attributes:
+        rows: The compressed parameters.
+        skipped: The other parameters, with the reason.
+    """
+
+    rows: tuple[LayerRow, ...]
+    skipped: tuple[Skipped, ...]
+
+    @classmethod
+    def of(
+        cls,
+        theta: Mapping[str, Encoded],
+        skipped: Iterator[Skipped] | list[Skipped],
+        gaps: Mapping[str, float],
+    ) -> Report:
+        """Count from the tensors that ship."""
+        rows = tuple(
+            LayerRow(
+                name=name,
+                shape=tuple(e.codes.shape),
+                nnz=e.nnz,
+                density=e.density,
+                bits=e.value_bits,
+                value_bytes=e.storage_bits / 8,
+                gap=gaps.get(name, math.nan),
+            )
+            for name, e in theta.items()
+        )
+        return cls(rows, tuple(skipped))
+
+    @property
+    def density(self) -> float:
+        """Share of non-zeros over all compressed parameters."""
+        return sum(r.nnz for r in self.rows) / max(sum(math.prod(r.shape) for r in self.rows), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "rows": [asdict(r) for r in self.rows],
+            "skipped": [asdict(s) for s in self.skipped],
+        }
+
+    def table(self) -> Table:
+        """The report as a Rich table."""
+        table = Table(title="Compressed parameters", title_justify="left")
+        table.add_column("parameter")
+        for column in ("shape", "non-zero", "density", "bits", "bytes", "gap"):
+            table.add_column(column, justify="right")
+        table.add_column("why not")
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                "×".join(map(str, row.shape)),
+                f"{row.nnz:,}",
+                f"{row.density:.2%}",
+                str(row.bits),
+                f"{row.value_bytes:,.0f}",
+                "" if math.isnan(row.gap) else f"{row.gap:.3f}",
+            )
+        for skip in self.skipped:
+            table.add_row(skip.name, *[""] * 6, skip.reason, style="dim")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self.table())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()

@@ -1,0 +1,221 @@
+"""The spec of a packed file: what each tensor is and where its bytes stand."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from lightning_condensa.deploy.checked_json import dump_json
+from lightning_condensa.deploy.words import DTYPES
+
+VALUE_TYPES = ("F64", "F32", "F16", "BF16", "I8", "U8")
+"""Types of codes."""
+
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+"""Types of decoded weights."""
+
+MAX_DIMENSIONS = 64
+MAX_NUMEL = 2**48
+MAX_SPEC_BYTES = 2**24
+
+GAPS = "g8"
+SCALES = "s32"
+_STREAMS = (GAPS, "v8", "v16", "v32", "v64", SCALES, "r8", "r16", "r32", "r64")
+
+
+@dataclass(frozen=True)
+class EncodedEntry:
+    """One compressed tensor.
+
+    Attributes:
+        name: Its key in a state dict.
+        shape: Of the weight and its codes.
+        nnz: Codes whose bit pattern is not zero.
+        gap_bytes: Bytes of its positions, ``None`` where all codes are stored (dense).
+        value_type: Type of the codes, one of `VALUE_TYPES`.
+        bits: Bits of one stored value.
+        weight_type: Type of the decoded weight, one of `WEIGHT_TYPES`.
+        scale_shape: Shape of its float32 scale, ``None`` without one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nnz: int
+    gap_bytes: int | None
+    value_type: str
+    bits: int
+    weight_type: str
+    scale_shape: tuple[int, ...] | None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether positions and non-zero codes are stored, instead of all codes."""
+        return self.gap_bytes is not None
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Words that it takes from each stream."""
+        return {
+            GAPS: self.gap_bytes or 0,
+            f"v{self.bits}": self.nnz if self.sparse else self.numel,
+            SCALES: 0 if self.scale_shape is None else math.prod(self.scale_shape),
+        }
+
+
+@dataclass(frozen=True)
+class RestEntry:
+    """One tensor stored as it is.
+
+    Attributes:
+        name: Its key in a state dict.
+        shape: Its shape.
+        dtype: Its type, a name of `DTYPES`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Words that it takes from each stream."""
+        return {f"r{type_bits(self.dtype)}": self.numel}
+
+
+Entry: TypeAlias = EncodedEntry | RestEntry
+
+
+@dataclass(frozen=True)
+class StoredStream:
+    """One stream: byte planes of equally wide words, one chunk each.
+
+    Attributes:
+        name: What it holds and the bits of a word, as in ``v16``.
+        chunks: Codec and stored bytes of each plane, least significant first.
+    """
+
+    name: str
+    chunks: tuple[tuple[str, int], ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(size for _, size in self.chunks)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that a packed file says about its data.
+
+    Attributes:
+        encoded: Compressed tensors in order.
+        rest: Other tensors in order.
+        aliases: Tied names to the names that hold their data.
+        streams: In the order of `stream_counts`.
+    """
+
+    encoded: tuple[EncodedEntry, ...]
+    rest: tuple[RestEntry, ...]
+    aliases: dict[str, str]
+    streams: tuple[StoredStream, ...]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All tensors, in the order in which they take words from the streams."""
+        return (*self.encoded, *self.rest)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that unpacking takes at most: streams, tensors, and the largest work area."""
+        counts = stream_counts(self.entries)
+        streams = sum(stream_width(name) * count for name, count in counts.items())
+        rest = sum(entry.numel * type_bits(entry.dtype) // 8 for entry in self.rest)
+        # Codes and mask of each; positions as 64-bit integers, of one tensor at a time.
+        codes = sum(entry.numel * (entry.bits // 8 + 1) for entry in self.encoded)
+        positions = max((24 * (entry.gap_bytes or 0) for entry in self.encoded), default=0)
+        # Streams twice: as planes and as words.
+        return 2 * streams + rest + codes + positions
+
+
+def type_bits(name: str) -> int:
+    """Bits of one element of a type in `DTYPES`.
+
+    Example:
+        >>> type_bits("BF16")
+        16
+    """
+    return 8 * DTYPES[name].itemsize
+
+
+def stream_counts(entries: Iterable[Entry]) -> dict[str, int]:
+    """Words in each stream of a file that holds these entries, in the order of the file.
+
+    Example:
+        >>> stream_counts([RestEntry("bias", (3,), "F32"), RestEntry("steps", (), "I64")])
+        {'r32': 3, 'r64': 1}
+    """
+    counts = dict.fromkeys(_STREAMS, 0)
+    for entry in entries:
+        for name, count in entry.stored.items():
+            counts[name] += count
+    return {name: count for name, count in counts.items() if count}
+
+
+def stream_width(name: str) -> int:
+    """Planes of a stream, which are the bytes of its words.
+
+    Example:
+        >>> stream_width("v16")
+        2
+    """
+    return int(name[1:]) // 8
+
+
+def scale_fits(scale_shape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a scale broadcasts to the shape of the codes, and no further.
+
+    Example:
+        >>> scale_fits((4, 1), (4, 9)), scale_fits((4, 9), (9,))
+        (True, False)
+    """
+    if len(scale_shape) > len(shape):
+        return False
+    pairs = zip(reversed(scale_shape), reversed(shape), strict=False)
+    return all(scale in (1, size) for scale, size in pairs)
+
+
+def dump_spec(spec: Spec) -> bytes:
+    """The spec as zlib-compressed JSON: always zlib, so that any reader can inspect any file.
+
+    Raises:
+        ValueError: If there are so many tensors that no reader would accept it.
+
+    Example:
+        >>> zlib.decompress(dump_spec(Spec((), (), {}, ()))).decode()
+        '{"aliases":{},"encoded":[],"rest":[],"streams":[]}'
+    """
+    encoded = [
+        [e.name, e.shape, e.nnz, e.gap_bytes, e.value_type, e.bits, e.weight_type, e.scale_shape]
+        for e in spec.encoded
+    ]
+    rest = [[e.name, e.shape, e.dtype] for e in spec.rest]
+    streams = [[stream.name, stream.chunks] for stream in spec.streams]
+    text = dump_json(
+        {"encoded": encoded, "rest": rest, "aliases": spec.aliases, "streams": streams}
+    )
+    if len(text) > MAX_SPEC_BYTES:
+        raise ValueError(f"the spec takes {len(text)} bytes, at most {MAX_SPEC_BYTES} can be read")
+    return zlib.compress(text, 9)

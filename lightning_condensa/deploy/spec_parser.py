@@ -1,0 +1,160 @@
+"""Reading the spec of a packed file from a stranger.
+
+Nothing is trusted: after `parse_spec` every size and type is known to be consistent, and so is
+the memory that unpacking takes, before any of it is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from lightning_condensa.deploy.checked_json import (
+    load_json,
+    require_count,
+    require_list,
+    require_object,
+    require_text,
+    texts,
+)
+from lightning_condensa.deploy.errors import PackedFileError
+from lightning_condensa.deploy.spec import (
+    MAX_DIMENSIONS,
+    MAX_NUMEL,
+    MAX_SPEC_BYTES,
+    VALUE_TYPES,
+    WEIGHT_TYPES,
+    EncodedEntry,
+    Entry,
+    RestEntry,
+    Spec,
+    StoredStream,
+    scale_fits,
+    stream_counts,
+    stream_width,
+    type_bits,
+)
+from lightning_condensa.deploy.streams import CODECS, inflate
+from lightning_condensa.deploy.words import DTYPES
+
+
+def parse_spec(data: bytes | memoryview, data_bytes: int) -> Spec:
+    """The inverse of `dump_spec`, checked.
+
+    Args:
+        data: Compressed spec.
+        data_bytes: Bytes of the streams in the file.
+
+    Returns:
+        A consistent spec.
+
+    Raises:
+        PackedFileError: Naming what is wrong.
+
+    Example:
+        >>> from lightning_condensa.deploy.spec import dump_spec
+        >>> parse_spec(dump_spec(Spec((), (), {"b": "a"}, ())), data_bytes=0)
+        Traceback (most recent call last):
+        lightning_condensa.deploy.errors.PackedFileError: alias 'b' names no tensor: 'a'
+    """
+    text = inflate(data, limit=MAX_SPEC_BYTES)
+    keys = ("encoded", "rest", "aliases", "streams")
+    fields = require_object(load_json(text, "the spec"), "the spec", keys)
+    encoded = tuple(_parse_encoded(item) for item in require_list(fields["encoded"], "encoded"))
+    rest = tuple(_parse_rest(item) for item in require_list(fields["rest"], "rest"))
+    aliases = dict(texts(fields["aliases"], "aliases"))
+    entries: tuple[Entry, ...] = (*encoded, *rest)
+    check_names([entry.name for entry in entries], aliases)
+    streams = _parse_streams(fields["streams"], stream_counts(entries))
+    if (stored := sum(stream.stored_bytes for stream in streams)) != data_bytes:
+        raise PackedFileError(f"the streams take {stored} bytes, the file holds {data_bytes}")
+    return Spec(encoded, rest, aliases, streams)
+
+
+def check_names(names: Iterable[str], aliases: Mapping[str, str]) -> None:
+    """Check that names are unique and that aliases lead to tensors.
+
+    Raises:
+        PackedFileError: If not.
+    """
+    known: set[str] = set()
+    for name in names:
+        if name in known:
+            raise PackedFileError(f"two tensors are named {name!a}")
+        known.add(name)
+    for alias, target in aliases.items():
+        if alias in known:
+            raise PackedFileError(f"alias {alias!a} is also the name of a tensor")
+        if target not in known:
+            raise PackedFileError(f"alias {alias!a} names no tensor: {target!a}")
+
+
+def _parse_encoded(item: object) -> EncodedEntry:
+    fields = require_list(item, "an encoded entry", 8)
+    name = require_text(fields[0], "a tensor's name")
+    what = f"tensor {name!a}"
+    shape = _parse_shape(fields[1], what)
+    numel = math.prod(shape)
+    nnz = require_count(fields[2], f"nnz of {what}", numel)
+    gap_bytes: int | None = None
+    if fields[3] is not None:
+        # Each byte beyond one for each value skips 255 elements.
+        most = nnz + (numel - nnz) // 255
+        gap_bytes = require_count(fields[3], f"gap bytes of {what}", most)
+        if gap_bytes < nnz:
+            raise PackedFileError(f"{what} has {nnz} values but {gap_bytes} gap bytes")
+    value_type = _parse_choice(fields[4], VALUE_TYPES, f"value type of {what}")
+    bits = require_count(fields[5], f"bits of {what}", 64)
+    if bits != type_bits(value_type):
+        raise PackedFileError(f"bits of {what} must be {type_bits(value_type)} for {value_type}")
+    weight_type = _parse_choice(fields[6], WEIGHT_TYPES, f"weight type of {what}")
+    scale_shape: tuple[int, ...] | None = None
+    if fields[7] is not None:
+        scale_shape = _parse_shape(fields[7], f"the scale of {what}")
+        if not scale_fits(scale_shape, shape):
+            raise PackedFileError(f"the scale of {what} does not broadcast to its shape")
+    return EncodedEntry(name, shape, nnz, gap_bytes, value_type, bits, weight_type, scale_shape)
+
+
+def _parse_rest(item: object) -> RestEntry:
+    fields = require_list(item, "a rest entry", 3)
+    name = require_text(fields[0], "a tensor's name")
+    what = f"tensor {name!a}"
+    dtype = _parse_choice(fields[2], DTYPES, f"type of {what}")
+    return RestEntry(name, _parse_shape(fields[1], what), dtype)
+
+
+def _parse_shape(value: object, what: str) -> tuple[int, ...]:
+    sizes = require_list(value, f"the shape of {what}")
+    if len(sizes) > MAX_DIMENSIONS:
+        raise PackedFileError(f"{what} has {len(sizes)} dimensions, at most {MAX_DIMENSIONS}")
+    shape = tuple(require_count(size, f"a dimension of {what}", MAX_NUMEL) for size in sizes)
+    # Zeros count as ones: the strides of an empty tensor overflow as those of a full one do.
+    if math.prod(max(size, 1) for size in shape) > MAX_NUMEL:
+        raise PackedFileError(f"the shape of {what} spans more than {MAX_NUMEL} elements")
+    return shape
+
+
+def _parse_choice(value: object, choices: Iterable[str], what: str) -> str:
+    name = require_text(value, what)
+    if name not in choices:
+        raise PackedFileError(f"unknown {what}: {name!a}, known are {', '.join(choices)}")
+    return name
+
+
+def _parse_streams(value: object, counts: dict[str, int]) -> tuple[StoredStream, ...]:
+    items = [require_list(item, "a stream", 2) for item in require_list(value, "streams")]
+    names = [require_text(name, "a stream's name") for name, _ in items]
+    if names != list(counts):
+        raise PackedFileError(f"the tensors need the streams {list(counts)}, others are listed")
+    streams = []
+    for name, planes in items:
+        what = f"stream {name}"
+        chunks = []
+        for plane in require_list(planes, f"the planes of {what}", stream_width(name)):
+            codec, size = require_list(plane, f"a plane of {what}", 2)
+            codec = _parse_choice(codec, CODECS, f"codec of {what}")
+            # A stored plane is never larger than the plane itself.
+            chunks.append((codec, require_count(size, f"a plane of {what}", counts[name])))
+        streams.append(StoredStream(name, tuple(chunks)))
+    return tuple(streams)
