@@ -1,0 +1,53 @@
+"""Model compression for PyTorch Lightning."""
+
+from lightning_condensa.callbacks import CondensaCallback, DirectCompression, MaskedFineTune
+from lightning_condensa.deploy import CompressedModel, PackedFileError, load_compressed
+from lightning_condensa.objectives import (
+    FileSize,
+    FLOPs,
+    Latency,
+    MemoryFootprint,
+    Parameters,
+    Throughput,
+)
+from lightning_condensa.schemes import (
+    BlockPrune,
+    Choice,
+    Compose,
+    FilterPrune,
+    NeuronPrune,
+    NMPrune,
+    Prune,
+    Quantize,
+    Range,
+    Scheme,
+)
+from lightning_condensa.search import CondensaSearch
+from lightning_condensa.version import __version__
+
+__all__ = [
+    "BlockPrune",
+    "Choice",
+    "CompressedModel",
+    "Compose",
+    "CondensaCallback",
+    "CondensaSearch",
+    "DirectCompression",
+    "FLOPs",
+    "FileSize",
+    "FilterPrune",
+    "Latency",
+    "MaskedFineTune",
+    "MemoryFootprint",
+    "NMPrune",
+    "NeuronPrune",
+    "PackedFileError",
+    "Parameters",
+    "Prune",
+    "Quantize",
+    "Range",
+    "Scheme",
+    "Throughput",
+    "__version__",
+    "load_compressed",
+]

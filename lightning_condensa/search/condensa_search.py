@@ -1,0 +1,236 @@
+"""Constrained Bayesian search over the open dimensions of a scheme."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_condensa.deploy import CompressedModel
+from lightning_condensa.objectives import Direction, Objective, as_objective
+from lightning_condensa.schemes import Scheme
+from lightning_condensa.search.metrics import count_samples, evaluate, noise_variance
+from lightning_condensa.search.progress import SearchProgress
+from lightning_condensa.search.result import Baseline, SearchResult
+from lightning_condensa.search.run import SearchRun
+from lightning_condensa.search.space import SearchSpace
+from lightning_condensa.search.store import Store
+from lightning_condensa.search.strategies import make_strategy
+from lightning_condensa.search.trial import (
+    Data,
+    Mode,
+    make_trainer,
+)
+
+
+class CondensaSearch:
+    """Find how far a scheme can go: best objective with the metric within a tolerance.
+
+    The objective is known before training (bytes and FLOPs follow from the structure, latency is
+    timed on an untrained copy); what is learned, from one Trainer run per trial, is where the
+    metric falls off. The result is always a trial that was evaluated.
+
+    Everything is kept in ``storage`` as soon as a trial ends: called again with the same
+    arguments, :meth:`fit` goes on where it was interrupted, and ``max_trials`` and ``tolerance``
+    may have changed.
+
+    Args:
+        scheme: A scheme with a :class:`~lightning_condensa.Range` or
+            :class:`~lightning_condensa.Choice` in it.
+        objective: What to optimize: an :class:`~lightning_condensa.objectives.Objective`, or any
+            callable ``(CompressedModel) -> float`` together with ``direction``.
+        metric: A metric that the module logs in validation.
+        mode: Whether more (``"max"``) or less (``"min"``) of the metric is better.
+        tolerance: How far the metric may be from the uncompressed model's, in its own units.
+        max_trials: Trainer runs, failed ones included.
+        trainer: Keyword arguments of each trial's ``Trainer``; callbacks are copied per trial.
+        callback: Keyword arguments of each trial's :class:`~lightning_condensa.CondensaCallback`.
+        storage: Optuna storage; an SQLite file in ``dirpath`` where ``None``.
+        executor: Any ``concurrent.futures.Executor`` to run trials in; this process where
+            ``None``. The module and data must then be picklable.
+        method: ``"auto"``, ``"paper"`` (the published two-step method), ``"bisection"``,
+            ``"random"`` or ``"grid"``.
+        direction: Direction of a callable objective.
+        confidence: Probability with which the winner shall be feasible; the margin is kept in the
+            search and in the selection. ``None`` asks for the measured metric only.
+        metric_std: Standard deviation of one measurement of the metric; estimated from the number
+            of validation samples where ``None``.
+        seed: Seed of the search; trial ``n`` trains with ``seed + n``.
+        dirpath: Where logs, models and the study go.
+        study_name: Name of the study in the storage.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If an argument is out of range; names it and says what is accepted.
+
+    Example:
+        >>> from lightning_condensa import CondensaSearch, MemoryFootprint, Prune, Range
+        >>> search = CondensaSearch(
+        ...     Prune(Range(0.005, 1.0, log=True)),
+        ...     objective=MemoryFootprint(),
+        ...     metric="val_acc",
+        ...     tolerance=0.01,
+        ...     trainer={"max_epochs": 10},
+        ... )  # then: result = search.fit(model, datamodule=data)
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        objective: Objective | Callable[[CompressedModel], float],
+        metric: str,
+        mode: Mode = "max",
+        tolerance: float = 0.02,
+        max_trials: int = 10,
+        trainer: Mapping[str, Any] | None = None,
+        callback: Mapping[str, Any] | None = None,
+        storage: str | None = None,
+        executor: Executor | None = None,
+        *,
+        method: str = "auto",
+        direction: Direction | None = None,
+        confidence: float | None = None,
+        metric_std: float | None = None,
+        seed: int = 0,
+        dirpath: str | Path = "condensa_search",
+        study_name: str = "condensa",
+        progress: bool = True,
+    ) -> None:
+        if not isinstance(scheme, Scheme):
+            raise ValueError(f"scheme must be a scheme such as Prune(Range(…)), got {scheme!r}")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+        if not _is_number(tolerance) or not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
+        if not isinstance(max_trials, int) or max_trials < 1:
+            raise ValueError(f"max_trials must be an int >= 1, got {max_trials!r}")
+        if confidence is not None and not (_is_number(confidence) and 0.5 <= confidence < 1):
+            raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
+        if metric_std is not None and not (_is_number(metric_std) and metric_std >= 0):
+            raise ValueError(f"metric_std must be a number >= 0, got {metric_std!r}")
+        self.space = SearchSpace(scheme)
+        self.objective = as_objective(objective, direction)
+        self.metric = metric
+        self.mode = mode
+        self.tolerance = float(tolerance)
+        self.max_trials = max_trials
+        self.trainer = dict(trainer or {})
+        self.callback = dict(callback or {})
+        self.strategy = make_strategy(method)
+        self.executor = executor
+        self.metric_std = metric_std
+        self.seed = seed
+        self.dirpath = Path(dirpath)
+        self.storage = storage or f"sqlite:///{self.dirpath / 'study.db'}"
+        self.study_name = study_name
+        self.progress = progress
+        self.sign = 1.0 if mode == "max" else -1.0
+        self.z = 0.0 if confidence is None else float(torch.special.ndtri(torch.tensor(confidence)))
+
+    def fit(
+        self,
+        model: pl.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+    ) -> SearchResult:
+        """Run the trials that are still to be run.
+
+        Args:
+            model: A trained module: the baseline, and every trial's starting point. It is left
+                as it is.
+            train_dataloaders: As for ``Trainer.fit``.
+            val_dataloaders: As for ``Trainer.fit``; needed, for the metric.
+            datamodule: As for ``Trainer.fit``, instead of loaders.
+
+        Returns:
+            All trials and the best feasible one.
+
+        Raises:
+            ValueError: If the module, data or metric do not fit, before any training.
+        """
+        data = self._check(model, train_dataloaders, val_dataloaders, datamodule)
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        store = Store(self.storage, self.study_name, self.objective.direction)
+        store.claim(self._config(model))
+        with SearchProgress(self.max_trials, self.progress and sys.stderr.isatty()) as progress:
+            progress.status("measuring the dense model", 0)
+            baseline = self._baseline(store, model, data)
+            progress.status("evaluating the objective on projected models", 0)
+            task = SearchRun(self, store, model, data, baseline, progress)
+            task.run()
+        return task.result()
+
+    def _check(
+        self, model: object, train: Any, val: Any, datamodule: pl.LightningDataModule | None
+    ) -> Data:
+        if not isinstance(model, pl.LightningModule):
+            raise ValueError(f"model must be a LightningModule, got {type(model).__name__}")
+        if datamodule is None and (train is None or val is None):
+            raise ValueError(
+                "fit needs a datamodule, or train_dataloaders and val_dataloaders; "
+                f"got train_dataloaders={train!r}, val_dataloaders={val!r}"
+            )
+        for values in self.space.extremes():
+            self.space.scheme.at(values).bind(model)
+        return Data(datamodule, train, val)
+
+    def _config(self, model: nn.Module) -> dict[str, Any]:
+        """What makes two searches the same; the tolerance and the budget may change."""
+        return {
+            "scheme": self.space.scheme.to_yaml(),
+            "objective": self.objective.name,
+            "metric": self.metric,
+            "mode": self.mode,
+            "starting weights": weights_hash(model),
+        }
+
+    def _baseline(self, store: Store, model: pl.LightningModule, data: Data) -> Baseline:
+        known = store.get("baseline")
+        if known is None:
+            module = deepcopy(model)
+            trainer = make_trainer({**self.trainer, "logger": False}, self.dirpath / "baseline")
+            metric = evaluate(trainer, module, data.validate_arguments(), self.metric)[self.metric]
+            if not math.isfinite(metric):
+                raise ValueError(f"the dense model's {self.metric} is {metric}: nothing to keep")
+            known = {
+                "metric": metric,
+                "samples": count_samples(trainer.val_dataloaders),
+                "objective": self.objective(CompressedModel(module, {}, self.space.scheme)),
+            }
+            store.set("baseline", known)
+        variance = (
+            noise_variance(known["metric"], known["samples"], self.tolerance)
+            if self.metric_std is None
+            else self.metric_std**2
+        )
+        return Baseline(known["metric"], variance, known["objective"], known["samples"])
+
+    def level(self, baseline: Baseline) -> float:
+        """The metric that a feasible trial must reach."""
+        return baseline.metric - self.sign * self.tolerance
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of a module's state, to tell whether two searches start from the same weights."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(
+                value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
+    return digest.hexdigest()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

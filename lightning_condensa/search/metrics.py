@@ -1,0 +1,75 @@
+"""Measuring the metric that a search keeps, and how noisy it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+def evaluate(
+    trainer: pl.Trainer, module: pl.LightningModule, arguments: Mapping[str, Any], metric: str
+) -> dict[str, float]:
+    """Everything that the module logs in validation.
+
+    Args:
+        trainer: The Trainer to validate with.
+        module: The module.
+        arguments: Data arguments of ``Trainer.validate``.
+        metric: A name that must be among the logged ones.
+
+    Raises:
+        ValueError: If the module does not log ``metric``.
+    """
+    trainer.validate(module, verbose=False, **arguments)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if metric not in logged:
+        raise ValueError(
+            f"metric={metric!r} is not logged by {type(module).__name__} in validation; "
+            f"it logs {sorted(logged)}"
+        )
+    return logged
+
+
+def count_samples(loaders: Any) -> int | None:
+    """Samples in one or several data loaders; ``None`` where a loader does not know."""
+    found = loaders if isinstance(loaders, list | tuple) else [loaders]
+    total = 0
+    for loader in found:
+        dataset = getattr(loader, "dataset", None)
+        try:
+            total += len(dataset)  # type: ignore[arg-type]
+        except TypeError:  # an iterable data set has no length
+            return None
+    return total or None
+
+
+def noise_variance(metric: float, samples: int | None, tolerance: float) -> float:
+    """Variance of a metric measured on a validation set, against a level from the same set.
+
+    For a share in [0, 1] it is half the binomial variance: the baseline is judged on the same
+    samples, and most of them are easy for both models, which cancels about half of it. For other
+    metrics, where nothing is known of a sample's share in them, a tenth of the tolerance is taken
+    for the standard deviation.
+
+    Args:
+        metric: The baseline's metric.
+        samples: Validation samples, or ``None`` where unknown.
+        tolerance: How far the metric may fall.
+
+    Example:
+        >>> round(math.sqrt(noise_variance(0.98, 400, 0.01)), 4)
+        0.0049
+    """
+    if samples is not None and 0 <= metric <= 1:
+        # Rule of succession, so that a perfect baseline is not taken to be free of noise.
+        p = (metric * samples + 1) / (samples + 2)
+        return p * (1 - p) / samples / 2
+    return (tolerance / 10) ** 2 if tolerance > 0 else (0.001 * max(abs(metric), 1e-12)) ** 2
+
+
+def finite(values: Iterable[float]) -> bool:
+    """Whether all values are finite."""
+    return all(math.isfinite(v) for v in values)

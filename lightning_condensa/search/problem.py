@@ -1,0 +1,209 @@
+"""What a search strategy is told: the candidates, the level to keep, and what has been measured.
+
+Nothing here knows of Optuna, Lightning or compression schemes: a candidate is a row of
+coordinates with a known utility.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Observation", "Problem", "best_feasible", "nearest_miss"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One finished evaluation.
+
+    Args:
+        point: Coordinates, shape ``[d]``, float64.
+        metric: The quality of the compressed model, signed so that higher is better; None when
+            the evaluation diverged.
+        variance: Variance of the noise of ``metric``.
+        utility: The known objective as measured at this point, higher is better, on the scale of
+            `Problem.utility`; None when it was not measured.
+        diverged: Whether training ended without a usable metric. Such a point is known to be
+            infeasible; it is not missing data.
+
+    Raises:
+        ValueError: If ``point`` is not a vector, ``variance`` is negative or not finite, or
+            ``metric`` and ``diverged`` contradict each other.
+
+    Example:
+        >>> Observation(torch.tensor([2.3]), metric=0.97, variance=1e-6, utility=2.2).diverged
+        False
+    """
+
+    point: Tensor
+    metric: float | None
+    variance: float
+    utility: float | None
+    diverged: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate, and hold the point in double precision."""
+        if self.point.ndim != 1:
+            raise ValueError(f"point must have shape [d], got {list(self.point.shape)}")
+        if not (math.isfinite(self.variance) and self.variance >= 0):
+            raise ValueError(f"variance must be finite and >= 0, got {self.variance}")
+        if self.diverged != (self.metric is None):
+            raise ValueError(
+                f"metric must be None exactly when diverged, got metric={self.metric} "
+                f"with diverged={self.diverged}"
+            )
+        if self.metric is not None and not math.isfinite(self.metric):
+            raise ValueError(f"metric must be finite (or None when diverged), got {self.metric}")
+        object.__setattr__(self, "point", self.point.detach().to(torch.float64))
+
+    def feasible(self, level: float, z: float = 0.0) -> bool:
+        """Whether the metric is at least ``level`` by a margin of ``z`` standard deviations."""
+        return self.metric is not None and self.metric - z * math.sqrt(self.variance) >= level
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Maximise a known utility over candidates whose feasibility has to be learned.
+
+    Args:
+        candidates: Coordinates of the candidates, shape ``[N, d]``, float64.
+        utility: The known objective at the candidates, shape ``[N]``, higher is better; the
+            logarithm of a positive objective, so that a difference is a relative gain.
+        baseline: The uncompressed model, as an observation; it need not be a candidate.
+        level: The metric a feasible point must reach.
+        noise_variance: Variance of the metric of one evaluation.
+        cliff: True when the one coordinate is ``u = -ln(density)`` and the metric behaves like an
+            accuracy in [0, 1], so that the parametric cliff curves apply.
+        z: Certification margin in standard deviations of the evaluation noise.
+
+    Raises:
+        ValueError: If there are no candidates or a field contradicts another.
+
+    Example:
+        >>> u = torch.linspace(0.1, 5.0, 50, dtype=torch.float64)
+        >>> dense = Observation(torch.zeros(1), metric=0.98, variance=1e-6, utility=0.0)
+        >>> problem = Problem(u[:, None], u, dense, level=0.97, noise_variance=1e-6, cliff=True)
+        >>> round(problem.tolerance, 3), problem.target
+        (0.01, 0.97)
+    """
+
+    candidates: Tensor
+    utility: Tensor
+    baseline: Observation
+    level: float
+    noise_variance: float
+    cliff: bool
+    z: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Validate once, at the boundary."""
+        if self.candidates.ndim != 2 or self.candidates.numel() == 0:
+            raise ValueError(
+                f"candidates must have shape [N, d] with N >= 1, got {list(self.candidates.shape)}"
+            )
+        n, d = self.candidates.shape
+        if self.utility.shape != (n,):
+            raise ValueError(f"utility must have shape [{n}], got {list(self.utility.shape)}")
+        for name, value in (("candidates", self.candidates), ("utility", self.utility)):
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name} must be finite")
+            object.__setattr__(self, name, value.detach().to(torch.float64))
+        if self.baseline.point.shape != (d,):
+            raise ValueError(
+                f"baseline must have a point of shape [{d}], got {list(self.baseline.point.shape)}"
+            )
+        if self.baseline.metric is None:
+            raise ValueError("baseline must have a metric, got a diverged observation")
+        if not (math.isfinite(self.noise_variance) and self.noise_variance >= 0):
+            raise ValueError(f"noise_variance must be finite and >= 0, got {self.noise_variance}")
+        if not (math.isfinite(self.level) and math.isfinite(self.z)):
+            raise ValueError(f"level and z must be finite, got {self.level} and {self.z}")
+        if self.cliff and (d != 1 or not 0 < self.baseline.metric <= 1):
+            raise ValueError(
+                f"cliff needs one coordinate and a metric in (0, 1], got d={d} and a baseline "
+                f"metric of {self.baseline.metric}"
+            )
+        if self.cliff and bool((self.candidates < 0).any()):
+            raise ValueError("cliff needs candidates u = -ln(density) >= 0, got negative ones")
+
+    @property
+    def baseline_metric(self) -> float:
+        """The metric of the uncompressed model."""
+        assert self.baseline.metric is not None  # checked when built
+        return self.baseline.metric
+
+    @property
+    def tolerance(self) -> float:
+        """How far the metric may fall below the baseline's."""
+        return self.baseline_metric - self.level
+
+    @property
+    def target(self) -> float:
+        """The metric an evaluation must show to be certified: level + z standard deviations."""
+        return self.level + self.z * math.sqrt(self.noise_variance)
+
+    def utility_at(self, points: Tensor) -> Tensor:
+        """The known utility of ``points``, that of the nearest candidate each.
+
+        Args:
+            points: Shape ``[..., d]``.
+
+        Returns:
+            Shape ``[...]``.
+        """
+        flat = points.reshape(-1, points.shape[-1]).to(self.candidates)
+        return self.utility[self.nearest(flat)].reshape(points.shape[:-1])
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """Index of the candidate nearest to each row of ``points`` [M, d]; shape ``[M]``."""
+        return torch.cdist(points.to(self.candidates), self.candidates).argmin(dim=-1)
+
+    def utility_of(self, observation: Observation) -> float:
+        """The utility measured for ``observation``, or the known one where none was measured."""
+        if observation.utility is not None:
+            return observation.utility
+        return float(self.utility_at(observation.point))
+
+
+def best_feasible(observations: Sequence[Observation], level: float, z: float = 0.0) -> int | None:
+    """Index of the observation of greatest utility among the feasible ones.
+
+    Args:
+        observations: Finished evaluations; those without a measured utility cannot be ranked and
+            do not take part.
+        level: The metric to reach.
+        z: Margin in standard deviations of each observation's own noise.
+
+    Returns:
+        The index, the first of equals; None when nothing is feasible.
+
+    Example:
+        >>> def seen(u, metric):
+        ...     return Observation(torch.tensor([u]), metric, 1e-6, utility=u)
+        >>> best_feasible([seen(1.0, 0.98), seen(2.0, 0.97), seen(3.0, 0.60)], level=0.97)
+        1
+    """
+    ranked = [
+        (observation.utility, -index)
+        for index, observation in enumerate(observations)
+        if observation.utility is not None and observation.feasible(level, z)
+    ]
+    return -max(ranked)[1] if ranked else None
+
+
+def nearest_miss(observations: Sequence[Observation]) -> int | None:
+    """Index of the observation of greatest metric, for when nothing is feasible.
+
+    Returns:
+        The index, the first of equals; None when every observation diverged.
+    """
+    measured = [
+        (observation.metric, -index)
+        for index, observation in enumerate(observations)
+        if observation.metric is not None
+    ]
+    return -max(measured)[1] if measured else None

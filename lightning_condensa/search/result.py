@@ -1,0 +1,268 @@
+"""What a search found, and the evidence."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lightning_condensa.deploy import load_compressed
+from lightning_condensa.deploy.atomic import write_atomically
+from lightning_condensa.objectives import Direction
+from lightning_condensa.search.trial import MODEL_FILE, Mode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+M = TypeVar("M", bound=nn.Module)
+State = Literal["feasible", "infeasible", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The uncompressed model.
+
+    Attributes:
+        metric: Its metric on the validation data.
+        variance: Variance of a metric measured there.
+        objective: Its objective.
+        samples: Validation samples; ``None`` where the loader does not know.
+    """
+
+    metric: float
+    variance: float
+    objective: float
+    samples: int | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluated compression.
+
+    Attributes:
+        number: Its number in the study.
+        values: The scheme's dimensions.
+        state: ``"feasible"``, ``"infeasible"``, ``"diverged"`` or ``"failed"``.
+        metric: Metric of the compressed model; ``None`` where there is none.
+        variance: Variance of the metric.
+        objective: Objective of the compressed model; for a diverged trial that of its structure.
+        details: The objective's details.
+        metrics: Everything that validation logged.
+        steps: Optimizer steps.
+        seconds: Wall-clock time.
+        message: The error of a diverged or failed trial.
+        directory: Where its logs and packed model are.
+    """
+
+    number: int
+    values: dict[str, Any]
+    state: State
+    metric: float | None
+    variance: float
+    objective: float | None
+    details: dict[str, Any]
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+    message: str
+    directory: Path
+
+    @property
+    def path(self) -> Path:
+        """The packed model."""
+        return self.directory / MODEL_FILE
+
+    def load(self, module: M) -> M:
+        """Load the trial's compressed model into a module of its class, in place."""
+        return load_compressed(self.path, module)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the search believes of the metric along one dimension, for plots.
+
+    Attributes:
+        dimension: Name of the dimension.
+        values: Its values.
+        center: Believed metric.
+        lower: Lower end of the 95 % band.
+        upper: Upper end.
+    """
+
+    dimension: str
+    values: list[float]
+    center: list[float]
+    lower: list[float]
+    upper: list[float]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All trials of a search and the best feasible one.
+
+    Attributes:
+        baseline: The uncompressed model.
+        trials: Every trial that ended, in order.
+        level: The metric a feasible trial reaches.
+        metric: Name of the metric.
+        mode: Its direction.
+        objective: Name of the objective.
+        direction: Its direction.
+        unit: Its unit.
+        curve: The surrogate along the dimension; ``None`` for several dimensions.
+    """
+
+    baseline: Baseline
+    trials: tuple[Trial, ...]
+    level: float
+    metric: str
+    mode: Mode
+    objective: str
+    direction: Direction
+    unit: str
+    curve: Curve | None
+
+    @property
+    def best(self) -> Trial | None:
+        """The evaluated feasible trial with the best objective; ``None`` if none is feasible."""
+        feasible = [t for t in self.trials if t.state == "feasible"]
+        return _best(feasible, self.direction)
+
+    @property
+    def nearest_miss(self) -> Trial | None:
+        """The evaluated trial whose metric comes nearest to the level from below."""
+        sign = 1 if self.mode == "max" else -1
+        missed = [t for t in self.trials if t.state == "infeasible" and t.metric is not None]
+        return max(missed, key=lambda t: sign * (t.metric or 0.0), default=None)
+
+    @property
+    def pareto(self) -> list[Trial]:
+        """The trials that no other beats in metric and objective at once, best objective first."""
+        scored = [t for t in self.trials if t.metric is not None and t.objective is not None]
+        front = [t for t in scored if not any(self._dominates(other, t) for other in scored)]
+        return sorted(front, key=lambda t: t.objective or 0.0, reverse=self.direction == "max")
+
+    def _dominates(self, a: Trial, b: Trial) -> bool:
+        better = [
+            _gain(a.metric, b.metric, self.mode),
+            _gain(a.objective, b.objective, self.direction),
+        ]
+        return min(better) >= 0 and max(better) > 0
+
+    def table(self) -> Table:
+        """The trials as a Rich table."""
+        table = Table(
+            title=f"{self.objective} with {self.metric} {'≥' if self.mode == 'max' else '≤'} "
+            f"{self.level:.4f} (dense: {self.baseline.metric:.4f})",
+            title_justify="left",
+        )
+        names = list(self.trials[0].values) if self.trials else []
+        for column in ("trial", *names, self.metric, f"{self.objective} [{self.unit}]", "× dense"):
+            table.add_column(column, justify="right")
+        table.add_column("state")
+        table.add_column("time", justify="right")
+        for trial in self.trials:
+            table.add_row(
+                str(trial.number),
+                *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.values.values()),
+                "" if trial.metric is None else f"{trial.metric:.4f}",
+                "" if trial.objective is None else f"{trial.objective:,.5g}",
+                "" if not trial.objective else f"{self.ratio(trial):.3g}",
+                f"{trial.state} {trial.message}"[:60].strip(),
+                f"{trial.seconds:.0f} s",
+                style="bold green" if trial == self.best else None,
+            )
+        return table
+
+    def ratio(self, trial: Trial) -> float:
+        """How many times better the trial's objective is than the dense model's."""
+        if not trial.objective or not self.baseline.objective:
+            return math.nan
+        ratio = self.baseline.objective / trial.objective
+        return ratio if self.direction == "min" else 1 / ratio
+
+    def summary(self) -> str:
+        """The outcome in a sentence."""
+        best = self.best
+        if best is not None:
+            values = ", ".join(
+                f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}"
+                for k, v in best.values.items()
+            )
+            return (
+                f"Trial {best.number} is best: {values}; {self.objective} {best.objective:,.5g} "
+                f"{self.unit} ({self.ratio(best):.1f} × better than dense), {self.metric} "
+                f"{best.metric:.4f} (dense {self.baseline.metric:.4f}, level {self.level:.4f})."
+            )
+        text = (
+            f"No trial is feasible: none of {len(self.trials)} keeps {self.metric} at "
+            f"{self.level:.4f} (dense {self.baseline.metric:.4f})."
+        )
+        miss = self.nearest_miss
+        if miss is not None and miss.metric is not None:
+            text += (
+                f" Nearest miss: trial {miss.number} with {self.metric} {miss.metric:.4f} at "
+                f"{miss.values}; widen the range, train longer, or raise the tolerance."
+            )
+        return text
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self.table())
+        console.print(self.summary())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the models, as plain data."""
+        trials = [{**asdict(t), "directory": str(t.directory)} for t in self.trials]
+        best = None if self.best is None else self.best.number
+        return {**asdict(self), "trials": trials, "best": best, "level": self.level}
+
+    def plot(self) -> Figure:
+        """Metric against compression with the surrogate's band, and the objective so far.
+
+        Raises:
+            ModuleNotFoundError: Without matplotlib.
+        """
+        from lightning_condensa.plots import plot_search
+
+        figure: Figure = plot_search(self)
+        return figure
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``result.json``, ``search.png`` and the best model as ``best.condensa``.
+
+        Args:
+            directory: Created where it is missing.
+
+        Returns:
+            The directory.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(target / "result.json", json.dumps(self.to_dict(), indent=1).encode())
+        if self.best is not None:
+            shutil.copyfile(self.best.path, target / "best.condensa")
+        self.plot().savefig(target / "search.png", dpi=120)
+        return target
+
+
+def _best(trials: Sequence[Trial], direction: Direction) -> Trial | None:
+    known = [t for t in trials if t.objective is not None]
+    sign = 1 if direction == "max" else -1
+    return max(known, key=lambda t: sign * (t.objective or 0.0), default=None)
+
+
+def _gain(a: float | None, b: float | None, direction: Direction) -> float:
+    assert a is not None and b is not None
+    return a - b if direction == "max" else b - a

@@ -1,0 +1,142 @@
+"""Synthetic accuracy cliffs: cheap problems with known answers, to test and compare strategies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_condensa.search.problem import Observation, Problem
+
+__all__ = ["Family", "SyntheticCliff"]
+
+Family = Literal["power", "logistic", "odds", "two_slope"]
+"""Shapes of the cliff: a power law and a logistic in ``u``, a power of the odds ``s / (1 - s)``,
+and two straight lines in ``u``."""
+
+_SPARSITIES = {
+    "memory": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995),
+    "throughput": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+}
+_CHANNELS = 256
+_MULTIPLE = 16
+_OVERHEAD = 0.002
+
+
+@dataclass(frozen=True)
+class SyntheticCliff:
+    """One problem: a true accuracy curve, frozen noise, and a known objective.
+
+    Noise is drawn once for every candidate, so that all strategies see the same value at the same
+    point.
+
+    Args:
+        candidates: ``u = -ln(density)`` of the candidates, shape ``[N]``.
+        accuracy: True accuracy at the candidates, shape ``[N]``.
+        noise: Error of the accuracy at each, shape ``[N]``.
+        utility: Logarithm of the true objective, shape ``[N]``.
+        measured: The same as a strategy knows it, shape ``[N]``.
+        baseline: Accuracy of the dense model.
+        tolerance: Accuracy that may be lost.
+        noise_sd: Standard deviation of ``noise``.
+
+    Example:
+        >>> case = SyntheticCliff.draw(seed=0, objective="memory")
+        >>> problem = case.problem()
+        >>> seen = case.observe(len(case.candidates) - 1)
+        >>> seen.feasible(problem.level)
+        False
+    """
+
+    candidates: Tensor
+    accuracy: Tensor
+    noise: Tensor
+    utility: Tensor
+    measured: Tensor
+    baseline: float
+    tolerance: float
+    noise_sd: float
+
+    @classmethod
+    def draw(
+        cls, seed: int, objective: Literal["memory", "throughput"] = "memory"
+    ) -> SyntheticCliff:
+        """Draw a problem; the family follows from ``seed`` modulo the number of families.
+
+        The cliff lies at a sparsity of 0.3 to 0.995 for ``"memory"`` (bytes of the kept weights
+        and a fixed overhead) and 0.3 to 0.95 for ``"throughput"`` (time in steps of 16 of 256
+        channels, known up to 1 to 3 %); noise is 0.1 to 0.5 % and the tolerance 0.5 to 2 points.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(low: float, high: float) -> float:
+            return low + (high - low) * float(torch.rand(1, generator=generator))
+
+        families = get_args(Family)
+        sparsities = _SPARSITIES[objective]
+        sparsity = sparsities[int(torch.randint(len(sparsities), (1,), generator=generator))]
+        if objective == "memory":
+            u = torch.linspace(0.02, math.log(500), 300, dtype=torch.float64)
+            utility = -torch.log(_OVERHEAD + (1 - _OVERHEAD) * torch.exp(-u))
+            measured = utility
+        else:
+            kept = torch.arange(_CHANNELS - 1, 7, -1, dtype=torch.float64)
+            u = -torch.log(kept / _CHANNELS)
+            paid = (kept / _MULTIPLE).ceil() * _MULTIPLE / _CHANNELS
+            utility = -torch.log(0.05 + 0.95 * paid ** uniform(1.0, 2.0))
+            jitter = torch.randn(len(u), generator=generator, dtype=torch.float64)
+            measured = utility + uniform(0.01, 0.03) * jitter
+        baseline, noise_sd = uniform(0.7, 0.99), uniform(0.001, 0.005)
+        location = -math.log1p(-sparsity)
+        z = u / location
+        depth = (baseline - 0.1) * uniform(0.8, 1.0)
+        match families[seed % len(families)]:
+            case "power":
+                drop = -depth * torch.expm1(-0.05 / depth * z ** uniform(1.5, 15))
+            case "logistic":
+                width = uniform(0.03, 0.25)
+                rise = torch.sigmoid((z - 1) / width - 2.5)
+                drop = depth * (rise - 1 / (1 + math.exp(1 / width + 2.5)))
+            case "odds":
+                odds = torch.expm1(u) / math.expm1(location)
+                steps = 0.05 * odds ** uniform(1.0, 5.0)
+                drop = depth * steps / (1 + steps)
+            case _:
+                slope, steep = uniform(0, 0.005), uniform(0.2, 3.0)
+                drop = (slope * z + steep * (z - 1).clamp(min=0)).clamp(max=depth)
+        gain = max(0.0, uniform(-0.003, 0.004))
+        drop = drop - gain * (z / 0.5) * torch.exp(1 - z / 0.5)
+        error = noise_sd * torch.randn(len(u), generator=generator, dtype=torch.float64)
+        tolerance = uniform(0.005, 0.02)
+        return cls(u, baseline - drop, error, utility, measured, baseline, tolerance, noise_sd)
+
+    def problem(self, z: float = 0.0) -> Problem:
+        """The problem as a strategy is told it, with a certification margin ``z``."""
+        dense = Observation(torch.zeros(1), self.baseline, self.noise_sd**2, utility=0.0)
+        return Problem(
+            candidates=self.candidates.unsqueeze(-1),
+            utility=self.measured,
+            baseline=dense,
+            level=self.baseline - self.tolerance,
+            noise_variance=self.noise_sd**2,
+            cliff=True,
+            z=z,
+        )
+
+    def observe(self, index: int) -> Observation:
+        """Evaluate candidate ``index``."""
+        return Observation(
+            point=self.candidates[index : index + 1],
+            metric=float(self.accuracy[index] + self.noise[index]),
+            variance=self.noise_sd**2,
+            utility=float(self.measured[index]),
+        )
+
+    @property
+    def optimum(self) -> float:
+        """The greatest true utility of a truly feasible point; 0, the dense model's, if none."""
+        feasible = self.accuracy >= self.baseline - self.tolerance
+        return float(self.utility.masked_fill(~feasible, 0.0).amax().clamp(min=0.0))

@@ -1,0 +1,192 @@
+"""One evaluation: a Trainer run of the user's module under one scheme, in any process."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.seed import isolate_rng
+
+from lightning_condensa.callbacks import CondensaCallback
+from lightning_condensa.deploy import CompressedModel
+from lightning_condensa.deploy.atomic import write_atomically
+from lightning_condensa.objectives import Objective
+from lightning_condensa.schemes import NotFiniteError, Scheme
+from lightning_condensa.search.metrics import evaluate
+
+Mode = Literal["min", "max"]
+MODEL_FILE = "model.condensa"
+RECORD_FILE = "trial.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What ``Trainer.fit`` and ``Trainer.validate`` are given.
+
+    Attributes:
+        datamodule: A LightningDataModule, or ``None``.
+        train: Training loaders where there is no data module.
+        val: Validation loaders where there is no data module.
+    """
+
+    datamodule: pl.LightningDataModule | None = None
+    train: Any = None
+    val: Any = None
+
+    def fit_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``Trainer.fit``."""
+        if self.datamodule is not None:
+            return {"datamodule": self.datamodule}
+        return {"train_dataloaders": self.train, "val_dataloaders": self.val}
+
+    def validate_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``Trainer.validate``."""
+        if self.datamodule is not None:
+            return {"datamodule": self.datamodule}
+        return {"dataloaders": self.val}
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """All that a worker needs; plain data besides the user's own objects.
+
+    Attributes:
+        number: Number of the trial in the study.
+        module: The starting point; it is copied, never changed.
+        data: The data.
+        scheme: The scheme, without open dimensions.
+        trainer: Keyword arguments of the Trainer.
+        callback: Keyword arguments of :class:`~lightning_condensa.CondensaCallback`.
+        metric: The metric to keep.
+        mode: Its direction.
+        objective: What is optimized.
+        directory: Where the trial's logs and files go.
+        seed: Seed of every random generator in the trial.
+        watchers: Further callbacks, not copied; only for trials in this process.
+    """
+
+    number: int
+    module: pl.LightningModule
+    data: Data
+    scheme: Scheme
+    trainer: Mapping[str, Any]
+    callback: Mapping[str, Any]
+    metric: str
+    mode: Mode
+    objective: Objective
+    directory: Path
+    seed: int
+    watchers: tuple[pl.Callback, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """What a trial found, as plain data.
+
+    Attributes:
+        status: ``"complete"``, ``"diverged"`` (no usable metric: an infeasible observation) or
+            ``"failed"`` (an error: no observation).
+        metric: The metric of the compressed model on the validation data.
+        objective: The objective of the compressed model.
+        details: The objective's details.
+        metrics: Everything that validation logged.
+        steps: Optimizer steps.
+        seconds: Wall-clock time.
+        message: The error, where there was one.
+    """
+
+    status: Literal["complete", "diverged", "failed"]
+    metric: float | None = None
+    objective: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    message: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as plain data."""
+        return asdict(self)
+
+
+def run_trial(job: TrialJob) -> TrialOutcome:
+    """Train, validate, measure and save one compressed model.
+
+    Errors in the user's code are recorded, not raised, so that one bad point does not end a
+    search; what stops the process (``KeyboardInterrupt``, ``SystemExit``) does.
+
+    Args:
+        job: The trial.
+
+    Returns:
+        The outcome, which also stands in the trial's directory as JSON.
+    """
+    started = time.perf_counter()
+    job.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with isolate_rng():
+            outcome = _train(job)
+    except NotFiniteError as error:
+        outcome = {"status": "diverged", "message": str(error)}
+    except Exception as error:  # recorded: the search goes on, and shows the message
+        trace = "".join(traceback.format_exception(error))
+        write_atomically(job.directory / "error.txt", trace.encode())
+        outcome = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
+    result = TrialOutcome(**outcome, seconds=time.perf_counter() - started)
+    record = {"number": job.number, "scheme": job.scheme.to_config(), **result.to_dict()}
+    write_atomically(job.directory / RECORD_FILE, json.dumps(record, indent=1).encode())
+    return result
+
+
+def _train(job: TrialJob) -> dict[str, Any]:
+    pl.seed_everything(job.seed, verbose=False)
+    module = deepcopy(job.module)
+    callback = CondensaCallback(
+        job.scheme, **{"monitor": job.metric, "mode": job.mode, **job.callback}
+    )
+    trainer = make_trainer(job.trainer, job.directory, (callback, *job.watchers))
+    trainer.fit(module, **job.data.fit_arguments())
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    steps = trainer.global_step
+    metrics = evaluate(trainer, module, job.data.validate_arguments(), job.metric)
+    compressed: CompressedModel = callback.compressed
+    details = job.objective.details(compressed)
+    compressed.save(job.directory / MODEL_FILE)
+    metric = metrics[job.metric]
+    finite = math.isfinite(metric)
+    return {
+        "status": "complete" if finite else "diverged",
+        "message": "" if finite else f"{job.metric} is {metric}",
+        "metric": metric if finite else None,
+        "objective": float(details["value"]),
+        "details": details,
+        "metrics": {k: v for k, v in metrics.items() if math.isfinite(v)},
+        "steps": steps,
+    }
+
+
+def make_trainer(
+    arguments: Mapping[str, Any], directory: Path, callbacks: tuple[pl.Callback, ...] = ()
+) -> pl.Trainer:
+    """A Trainer for one run: the user's arguments over quiet defaults, logs in ``directory``."""
+    own = dict(arguments)
+    users = own.pop("callbacks", None) or []
+    users = [users] if isinstance(users, pl.Callback) else users
+    defaults: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "default_root_dir": directory,
+        "logger": TensorBoardLogger(directory, name="", version=""),
+    }
+    return pl.Trainer(**{**defaults, **own}, callbacks=[*deepcopy(list(users)), *callbacks])
