@@ -1,6 +1,6 @@
 """L-C in an ordinary training script: one scheme, one callback, one ``fit``.
 
-    python examples/digits/callback.py
+python examples/digits/callback.py
 """
 
 from __future__ import annotations
