@@ -18,6 +18,7 @@ from lightning_condensa.callbacks.swap import WeightSwap
 from lightning_condensa.deploy import CompressedModel, Report
 from lightning_condensa.lc import LCRun, Schedule, make_schedule
 from lightning_condensa.schemes import BoundScheme, Scheme
+from lightning_condensa.schemes.base import PRUNE
 
 _CHECKPOINT_KEY = "condensa_training_weights"
 
@@ -99,6 +100,10 @@ class CondensaCallback(Callback):
 
     # -- fit -------------------------------------------------------------------------------------
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the state of a checkpoint that was loaded before, by ``trainer.test`` say."""
+        self._restored = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the scheme against the module, before any training."""
         self._bound = self.scheme.bind(pl_module)
@@ -107,6 +112,11 @@ class CondensaCallback(Callback):
         self._compressed = self._run = None
         if self.monitor is not None and not trainer.enable_validation:
             raise ValueError(f"monitor={self.monitor!r} needs validation, which is switched off")
+        if any(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks):
+            rank_zero_warn(
+                "a checkpoint with save_weights_only=True holds the training weights, not θ: "
+                "Lightning shows it to no callback"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan the run and make the first C-step, or take up a run that was interrupted."""
@@ -116,7 +126,8 @@ class CondensaCallback(Callback):
         restored, self._restored = self._restored, None
         self._seen_global_step = trainer.global_step
         self._start = trainer.global_step if restored is None else restored["start"]
-        plan = self.schedule.plan(self._planned_steps(trainer))
+        prunes = any(stage.order == PRUNE for stage, _ in self._bound.stages)
+        plan = self.schedule.plan(self._planned_steps(trainer), prunes, _steps_per_epoch(trainer))
         self._run = LCRun(self._bound, plan, self._swap.parameters)
         if restored is None:
             self._best = None
@@ -151,6 +162,10 @@ class CondensaCallback(Callback):
     ) -> None:
         """Add the penalty's gradient, or mask the gradients in the fine-tune phase."""
         assert self._run is not None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer would unscale inside its step, after the penalty.
+            scaler.unscale_(optimizer)
         self._run.before_step(optimizer, only_its_own=len(trainer.optimizers) > 1)
 
     def on_train_batch_end(
@@ -180,9 +195,11 @@ class CondensaCallback(Callback):
                 f"training stopped after {run.step} optimizer steps, in the L-C phase, "
                 f"which was to last {run.plan.c_steps[-1]}: θ is the projection as it stands"
             )
-        theta = run.project(run.parameters)
-        self._gaps = run.gaps or run.relative_gaps(theta)
+        theta = run.finish()
+        self._gaps = run.gaps if run.finetuning else run.relative_gaps(theta)
         metrics = {}
+        if self.monitor is not None and self._best is None:
+            rank_zero_warn(f"monitor={self.monitor!r} was never measured: the last θ is kept")
         if self._best is not None:
             device = pl_module.device
             theta = {name: encoded.to(device) for name, encoded in self._best.theta.items()}
@@ -220,7 +237,8 @@ class CondensaCallback(Callback):
                 f"monitor={monitor!r} is not logged by the module; "
                 f"it logs {sorted(trainer.callback_metrics)}"
             )
-        return float(trainer.callback_metrics[monitor])
+        # The mean over all ranks, so that they agree on the best θ.
+        return float(trainer.strategy.reduce(trainer.callback_metrics[monitor], reduce_op="mean"))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -238,8 +256,12 @@ class CondensaCallback(Callback):
             return
         weights = self._swap.training_weights
         checkpoint[_CHECKPOINT_KEY] = {n: w.detach().clone() for n, w in weights.items()}
-        theta = self._run.project(weights)
-        checkpoint["state_dict"].update({n: e.decode() for n, e in theta.items()})
+        theta = {n: e.decode() for n, e in self._run.project(weights).items()}
+        # Every name of a parameter that layers share, or a stale one would be loaded over θ.
+        names = {id(p): name for name, p in self._swap.parameters.items()}
+        for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+            if id(parameter) in names and name in checkpoint["state_dict"]:
+                checkpoint["state_dict"][name] = theta[names[id(parameter)]]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -253,7 +275,7 @@ class CondensaCallback(Callback):
         if self._run is None:
             return {}
         return {
-            "scheme": self.scheme.to_yaml(),
+            "scheme": _identity(self.scheme),
             "start": self._start,
             "run": self._run.state_dict(),
             "best": None if self._best is None else self._best.state_dict(),
@@ -267,10 +289,26 @@ class CondensaCallback(Callback):
         """
         if not state_dict:
             return
-        if state_dict["scheme"] != self.scheme.to_yaml():
+        other, own = state_dict["scheme"], _identity(self.scheme)
+        if other != own and None not in (other, own):
             raise ValueError(
-                "the checkpoint belongs to another scheme: "
-                f"{Scheme.from_yaml(state_dict['scheme']).describe()}, "
-                f"this callback has {self.scheme.describe()}"
+                f"the checkpoint belongs to another scheme: {other}, this callback has {own}"
             )
         self._restored = state_dict
+
+
+def _steps_per_epoch(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps in an epoch; ``None`` where an iterable data set does not tell."""
+    batches = trainer.num_training_batches
+    if not math.isfinite(batches):
+        return None
+    return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
+
+
+def _identity(scheme: Scheme) -> str | None:
+    """The scheme as text; ``None`` where it holds a function, which no text identifies."""
+    try:
+        scheme.to_config()
+    except ValueError:
+        return None
+    return scheme.describe()

@@ -12,6 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.lc import CStep
 from lightning_condensa.schemes import Encoded, Scheme
+from lightning_condensa.schemes.config import changed_fields
 
 
 def log_c_step(trainer: pl.Trainer, c_step: CStep) -> None:
@@ -66,7 +67,7 @@ def _hparams(scheme: Scheme) -> dict[str, Any]:
     """The scalar settings of every stage, flat: ``Prune.density`` and so on."""
     flat: dict[str, Any] = {"scheme": scheme.describe()}
     for stage in scheme.stages:
-        for name, value in stage.to_config()["init_args"].items():
+        for name, value in changed_fields(stage).items():
             if isinstance(value, bool | int | float | str):
                 flat[f"{type(stage).__name__}.{name}"] = value
     return flat

@@ -33,6 +33,10 @@ class MaskedFineTune(Callback):
         self._parameters: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the state of a checkpoint that was loaded before, by ``trainer.test`` say."""
+        self._masks = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where the zeros are.
 

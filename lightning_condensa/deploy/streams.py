@@ -27,6 +27,11 @@ _CONTINUE = 255
 _ZSTD_LEVEL = 19
 _ZLIB_LEVEL = 9
 _FAST_LEVEL = 1
+# The best levels manage 2 MB a second. Longer chunks are planes of nearly dense tensors, whose
+# bytes hold nothing that a long search would find: a fast level, or none where that saves nothing.
+_LONG_CHUNK = 4 << 20
+_LONG_LEVEL = 3
+_WORTHWHILE = 0.995
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ def join_planes(planes: Sequence[NDArray[np.uint8]]) -> Words:
 def compress(data: NDArray[np.uint8] | bytes) -> Chunk:
     """The smaller of the bytes as they are and compressed: zstd-19, or zlib-9 without zstandard.
 
+    Chunks above 4 MiB get a fast level.
+
     Args:
         data: What to store.
 
@@ -140,11 +147,16 @@ def compress(data: NDArray[np.uint8] | bytes) -> Chunk:
         ('raw', True)
     """
     plain = bytes(data)
+    best = _deflate(plain, fast=len(plain) > _LONG_CHUNK)
+    limit = len(plain) * (_WORTHWHILE if len(plain) > _LONG_CHUNK else 1)
+    return best if len(best.data) < limit else Chunk("raw", plain)
+
+
+def _deflate(plain: bytes, fast: bool) -> Chunk:
     if zstandard is not None:
-        small = Chunk("zstd", zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(plain))
-    else:
-        small = Chunk("zlib", zlib.compress(plain, _ZLIB_LEVEL))
-    return small if len(small.data) < len(plain) else Chunk("raw", plain)
+        level = _LONG_LEVEL if fast else _ZSTD_LEVEL
+        return Chunk("zstd", zstandard.ZstdCompressor(level=level).compress(plain))
+    return Chunk("zlib", zlib.compress(plain, _LONG_LEVEL if fast else _ZLIB_LEVEL))
 
 
 def estimate_size(planes: Sequence[NDArray[np.uint8]]) -> int:

@@ -97,6 +97,7 @@ class Lagrangian:
         bound: BoundScheme,
         next_mu: float,
         multipliers: bool = True,
+        untrained: Collection[str] = (),
     ) -> None:
         """θ ← Π(w − λ/μ); λ ← λ − μ(w − Δ(θ)); μ ← ``next_mu``.
 
@@ -105,13 +106,15 @@ class Lagrangian:
             bound: The scheme to project onto.
             next_mu: Penalty weight of the coming L-step.
             multipliers: Whether λ is kept; without it this is the quadratic penalty method.
+            untrained: Parameters that the L-step cannot move. Their λ stays zero: it would only
+                wind up, and pull their θ away from w.
         """
         shifted = self.shifted(weights)
         self.theta = bound.pi(shifted)
         for name, encoded in self.theta.items():
             decoded = encoded.decode()
             anchor = next_mu * decoded
-            if multipliers and self.mu > 0:
+            if multipliers and self.mu > 0 and name not in untrained:
                 # λ − μ(w − Δ(θ)) is −μ(shifted − Δ(θ)): the old λ is inside `shifted`.
                 anchor -= self.mu * (shifted[name] - decoded)
             self._anchor[name] = anchor

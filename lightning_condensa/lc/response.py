@@ -36,21 +36,21 @@ class OptimizerResponse:
 
     def before_step(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
         """Note the learning rate and, until measured, the weights and gradients."""
-        own = {id(p) for p in parameters.values()}
-        lrs = [
-            float(group["lr"])
-            for group in optimizer.param_groups
-            if any(id(p) in own for p in group["params"])
-        ]
+        compressed = {id(p) for p in parameters.values()}
+        own: set[int] = set()
+        lrs = []
+        for group in optimizer.param_groups:
+            if members := compressed & {id(p) for p in group["params"]}:
+                own |= members
+                lrs.append(float(group["lr"]))
         if not lrs:
             return
         self._lr = max(lrs)
         self._peak_lr = max(self._peak_lr, self._lr)
         if self.response is None:
-            self._before = {
-                n: p.detach().clone() for n, p in parameters.items() if p.grad is not None
-            }
-            grads = [p.grad for p in parameters.values() if p.grad is not None]
+            moving = {n: p for n, p in parameters.items() if id(p) in own and p.grad is not None}
+            self._before = {n: p.detach().clone() for n, p in moving.items()}
+            grads = [p.grad for p in moving.values() if p.grad is not None]
             self._gradient_norm = float(_norm(grads)) if grads else None
 
     def after_step(self, parameters: Mapping[str, Tensor]) -> bool:

@@ -101,7 +101,11 @@ class LCRun:
         self._lagrangian.add_penalty_gradient(self.parameters, only)
 
     def after_step(self, optimizers: Sequence[Optimizer]) -> CStep | None:
-        """Count an optimizer step; make the C-step that is due after it, if one is."""
+        """Count an optimizer step; make the C-step that is due after it, if one is.
+
+        Args:
+            optimizers: All that train the network.
+        """
         self.step += 1
         if self._support is not None:
             # Momentum from before the fine-tune may have moved a pruned weight.
@@ -114,10 +118,25 @@ class LCRun:
         return self._advance(optimizers)
 
     def project(self, weights: Mapping[str, Tensor]) -> dict[str, Encoded]:
-        """θ under the final scheme from training weights as they are now."""
-        if self._lagrangian is not None:
-            weights = self._lagrangian.shifted(weights)
-        return self.bound.pi(weights)
+        """θ under the final scheme, as it would be deployed now.
+
+        In the L-C phase it is the last C-step's, brought to the final density while the ramp is
+        still under way: once λ has moved, Π(w − λ/μ) means something only at the end of the next
+        L-step. Later it is the projection of ``weights``.
+        """
+        if self._lagrangian is None:
+            return self.bound.pi(weights)
+        theta = self._lagrangian.theta
+        if self.plan.progress[self._next_c_step - 1] >= 1:
+            return dict(theta)
+        return self.bound.pi({name: encoded.decode() for name, encoded in theta.items()})
+
+    def finish(self) -> dict[str, Encoded]:
+        """θ at the end of training; an L-step that was cut short ends with a projection."""
+        cut_short = self.step > self.plan.c_steps[self._next_c_step - 1]
+        if self._lagrangian is not None and cut_short:
+            return self.bound.pi(self._lagrangian.shifted(self.parameters))
+        return self.project(self.parameters)
 
     def relative_gaps(self, theta: Mapping[str, Encoded]) -> dict[str, float]:
         """‖w − Δ(θ)‖ / ‖Δ(θ)‖ of each parameter."""
@@ -141,7 +160,7 @@ class LCRun:
         c_step = None
         if self._due_at is not None and self.step >= self._due_at:
             c_step = self._c_step(optimizers)
-        if self.step >= self.plan.finetune_from:
+        if self.step >= self.plan.finetune_from and not self.gaps:
             self._enter_finetune()
         return c_step
 
@@ -153,7 +172,13 @@ class LCRun:
             self._lagrangian = Lagrangian(bound.pi(self.parameters))
             self._lagrangian.set_mu(self._mu(index))
         else:
-            self._lagrangian.c_step(self.parameters, bound, self._mu(index), self.plan.multipliers)
+            self._lagrangian.c_step(
+                self.parameters,
+                bound,
+                self._mu(index),
+                self.plan.multipliers,
+                self._untrained(optimizers),
+            )
             if self.plan.reset_optimizer:
                 for optimizer in optimizers:
                     optimizer.state.clear()
@@ -165,6 +190,11 @@ class LCRun:
             seconds=time.perf_counter() - started,
             gradient_ratio=self._gradient_ratio,
         )
+
+    def _untrained(self, optimizers: Sequence[Optimizer]) -> set[str]:
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+        return {name for name, p in self.parameters.items() if id(p) not in trained}
 
     def _enter_finetune(self) -> None:
         """From here on only what the scheme keeps is trained, from θ's values."""

@@ -43,8 +43,17 @@ class Schedule(ABC):
     """Turns a number of optimizer steps into a plan."""
 
     @abstractmethod
-    def plan(self, total_steps: int) -> Plan:
-        """The plan for a run of ``total_steps`` optimizer steps."""
+    def plan(
+        self, total_steps: int, finetune: bool = True, steps_per_epoch: int | None = None
+    ) -> Plan:
+        """The plan for a run of ``total_steps`` optimizer steps.
+
+        Args:
+            total_steps: Optimizer steps to come.
+            finetune: Whether the scheme prunes, so that there is a support to fine-tune on;
+                without one C-steps go on to the end.
+            steps_per_epoch: Optimizer steps in an epoch, for schedules that count in epochs.
+        """
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,9 @@ class LCSchedule(Schedule):
     measured on the first step, so the same rates serve SGD and Adam.
 
     Attributes:
-        l_steps: L-steps in the L-C phase.
+        l_steps: L-steps in the L-C phase, evenly spread.
+        every_n_steps: Optimizer steps from one C-step to the next, instead of ``l_steps``.
+        every_n_epochs: Epochs from one C-step to the next, instead of ``l_steps``.
         rate_start: Rate in the first L-step.
         rate_end: Rate in the last L-step; the growth is geometric.
         ramp: Share of the L-C phase over which the density falls, cubically (Zhu & Gupta,
@@ -67,8 +78,10 @@ class LCSchedule(Schedule):
     """
 
     l_steps: int = 60
+    every_n_steps: int | None = None
+    every_n_epochs: int | None = None
     rate_start: float = 2.5e-3
-    rate_end: float = 1.0
+    rate_end: float = 0.1
     ramp: float = 0.8
     finetune: float = 0.3
     multipliers: bool = True
@@ -76,16 +89,26 @@ class LCSchedule(Schedule):
 
     def __post_init__(self) -> None:
         _check_int("l_steps", self.l_steps, 1)
+        for name in ("every_n_steps", "every_n_epochs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        if self.every_n_steps is not None and self.every_n_epochs is not None:
+            raise ValueError(
+                "give every_n_steps or every_n_epochs, not both, "
+                f"got {self.every_n_steps} and {self.every_n_epochs}"
+            )
         for name in ("rate_start", "rate_end"):
             _check_range(name, getattr(self, name), 0, math.inf, open_low=True)
         _check_range("ramp", self.ramp, 0, 1)
         _check_range("finetune", self.finetune, 0, 1)
 
-    def plan(self, total_steps: int) -> Plan:
-        """Spread the L-steps evenly over the steps before fine-tuning."""
-        finetune_from = round(total_steps * (1 - self.finetune))
-        l_steps = min(self.l_steps, max(finetune_from, 1))
-        c_steps = tuple(round(i * finetune_from / l_steps) for i in range(l_steps + 1))
+    def plan(
+        self, total_steps: int, finetune: bool = True, steps_per_epoch: int | None = None
+    ) -> Plan:
+        """Lay the C-steps over the steps before fine-tuning; the last one ends that phase."""
+        finetune_from = round(total_steps * (1 - self.finetune)) if finetune else total_steps
+        c_steps = self._c_steps(finetune_from, steps_per_epoch)
+        l_steps = len(c_steps) - 1
         ramp_steps = self.ramp * l_steps
         growth = (self.rate_end / self.rate_start) ** (1 / max(l_steps - 1, 1))
         return Plan(
@@ -99,6 +122,17 @@ class LCSchedule(Schedule):
             reset_optimizer=self.reset_optimizer,
             finetune_from=finetune_from,
         )
+
+    def _c_steps(self, last: int, steps_per_epoch: int | None) -> tuple[int, ...]:
+        interval = self.every_n_steps
+        if self.every_n_epochs is not None:
+            if steps_per_epoch is None:
+                raise ValueError("every_n_epochs needs epochs of a known length; use every_n_steps")
+            interval = self.every_n_epochs * steps_per_epoch
+        if interval is not None:
+            return (*range(0, max(last, 1), interval), last)
+        l_steps = min(self.l_steps, max(last, 1))
+        return tuple(round(i * last / l_steps) for i in range(l_steps + 1))
 
 
 @dataclass(frozen=True)
@@ -142,12 +176,17 @@ class PaperSchedule(Schedule):
                 _check_int(name, getattr(self, name), 1)
         _check_range("mu_init", self.mu_init, 0, math.inf, open_low=True)
         _check_range("mu_multiplier", self.mu_multiplier, 1, math.inf)
+        for name in ("lr", "lr_end", "lr_decay", "lr_multiplier"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 0, math.inf, open_low=True)
         if self.lr is None and (self.lr_end, self.lr_decay, self.lr_schedule) != (None, None, None):
             raise ValueError("lr_end, lr_decay and lr_schedule need lr, got lr=None")
         if (self.lr_schedule is None) != (self.lr_multiplier is None):
             raise ValueError("lr_schedule and lr_multiplier go together")
 
-    def plan(self, total_steps: int) -> Plan:
+    def plan(
+        self, total_steps: int, finetune: bool = True, steps_per_epoch: int | None = None
+    ) -> Plan:
         """One C-step before training and one after each of ``steps − 1`` L-steps."""
         per_l = self.mb_iterations_per_l
         if per_l is None:
@@ -192,7 +231,8 @@ class PaperSchedule(Schedule):
             if self.lr_end is None:
                 return start
             begin, end = c_steps[iteration - 1], c_steps[iteration]
-            return float(start * (self.lr_end / start) ** ((step - begin) / (end - begin)))
+            passed_share = min((step - begin) / (end - begin), 1.0)
+            return float(start * (self.lr_end / start) ** passed_share)
 
         return at
 
@@ -232,6 +272,6 @@ def _check_int(name: str, value: object, low: int) -> None:
 
 def _check_range(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must be a number in {bracket}{low}, {high}], got {value!r}")
+    if not number or not low <= value <= high or value in (math.inf, low if open_low else None):  # type: ignore[operator]
+        left, right = "(" if open_low else "[", ")" if high == math.inf else "]"
+        raise ValueError(f"{name} must be a number in {left}{low}, {high}{right}, got {value!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from copy import deepcopy
@@ -162,7 +161,7 @@ class CondensaSearch:
         self.dirpath.mkdir(parents=True, exist_ok=True)
         store = Store(self.storage, self.study_name, self.objective.direction)
         store.claim(self._config(model))
-        with SearchProgress(self.max_trials, self.progress and sys.stderr.isatty()) as progress:
+        with SearchProgress(self.max_trials, self.progress) as progress:
             progress.status("measuring the dense model", 0)
             baseline = self._baseline(store, model, data)
             progress.status("evaluating the objective on projected models", 0)

@@ -13,20 +13,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class SearchProgress(pl.Callback):
     """Two Rich bars; also a Lightning callback that moves the second one.
 
+    Where the output is no terminal, only a line per trial is printed.
+
     Args:
         total: Trials to run.
         enabled: Whether anything is shown.
     """
 
     def __init__(self, total: int, enabled: bool) -> None:
+        self._enabled = enabled
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            disable=not enabled,
+            console=console,
+            disable=not (enabled and console.is_terminal),
         )
         self._trials = self._progress.add_task("search", total=total, note="")
         self._steps = self._progress.add_task("steps", total=None, note="", visible=False)
@@ -49,7 +53,7 @@ class SearchProgress(pl.Callback):
 
     def print(self, line: str) -> None:
         """A line above the bars."""
-        if not self._progress.disable:
+        if self._enabled:
             self._progress.console.print(line, highlight=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -112,7 +112,9 @@ class SearchResult:
     Attributes:
         baseline: The uncompressed model.
         trials: Every trial that ended, in order.
-        level: The metric a feasible trial reaches.
+        level: The metric to keep: the baseline's less the tolerance.
+        target: The metric that a trial must show to count as feasible: the level, with the margin
+            that the asked confidence needs.
         metric: Name of the metric.
         mode: Its direction.
         objective: Name of the objective.
@@ -124,6 +126,7 @@ class SearchResult:
     baseline: Baseline
     trials: tuple[Trial, ...]
     level: float
+    target: float
     metric: str
     mode: Mode
     objective: str
@@ -161,8 +164,7 @@ class SearchResult:
     def table(self) -> Table:
         """The trials as a Rich table."""
         table = Table(
-            title=f"{self.objective} with {self.metric} {'≥' if self.mode == 'max' else '≤'} "
-            f"{self.level:.4f} (dense: {self.baseline.metric:.4f})",
+            title=f"{self.objective} with {self._requirement()}",
             title_justify="left",
         )
         names = list(self.trials[0].values) if self.trials else []
@@ -183,6 +185,11 @@ class SearchResult:
             )
         return table
 
+    def _requirement(self) -> str:
+        sign = "≥" if self.mode == "max" else "≤"
+        margin = "" if self.target == self.level else f", shown by {sign} {self.target:.4f}"
+        return f"{self.metric} {sign} {self.level:.4f}{margin} (dense: {self.baseline.metric:.4f})"
+
     def ratio(self, trial: Trial) -> float:
         """How many times better the trial's objective is than the dense model's."""
         if not trial.objective or not self.baseline.objective:
@@ -200,13 +207,10 @@ class SearchResult:
             )
             return (
                 f"Trial {best.number} is best: {values}; {self.objective} {best.objective:,.5g} "
-                f"{self.unit} ({self.ratio(best):.1f} × better than dense), {self.metric} "
-                f"{best.metric:.4f} (dense {self.baseline.metric:.4f}, level {self.level:.4f})."
+                f"{self.unit} ({self.ratio(best):.1f} × better than dense) at {self.metric} "
+                f"{best.metric:.4f}, of {self._requirement()}."
             )
-        text = (
-            f"No trial is feasible: none of {len(self.trials)} keeps {self.metric} at "
-            f"{self.level:.4f} (dense {self.baseline.metric:.4f})."
-        )
+        text = f"No trial is feasible: none of {len(self.trials)} has {self._requirement()}."
         miss = self.nearest_miss
         if miss is not None and miss.metric is not None:
             text += (
@@ -226,7 +230,7 @@ class SearchResult:
         """Everything but the models, as plain data."""
         trials = [{**asdict(t), "directory": str(t.directory)} for t in self.trials]
         best = None if self.best is None else self.best.number
-        return {**asdict(self), "trials": trials, "best": best, "level": self.level}
+        return {**asdict(self), "trials": trials, "best": best}
 
     def plot(self) -> Figure:
         """Metric against compression with the surrogate's band, and the objective so far.

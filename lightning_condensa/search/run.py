@@ -184,6 +184,7 @@ class SearchRun:
             baseline=self.baseline,
             trials=tuple(self._trial(r) for r in records),
             level=search.level(self.baseline),
+            target=search.sign * self.problem.target,
             metric=search.metric,
             mode=search.mode,
             objective=search.objective.name,

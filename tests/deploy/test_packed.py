@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_condensa.deploy import streams
+from lightning_condensa.deploy.packed import (
+    Packed,
+    inspect_packed,
+    pack,
+    unpack,
+    write_packed,
+)
+from lightning_condensa.deploy.words import DTYPES
+from lightning_condensa.schemes.encoded import Encoded
+
+VALUE_DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+]
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+SHAPES = st.one_of(
+    st.sampled_from([(), (0,), (1,), (3, 0, 2), (1, 1, 1), (2_000,)]),
+    st.lists(st.integers(1, 12), min_size=1, max_size=4).map(tuple),
+)
+
+
+def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Any bit pattern: NaNs with payloads, infinities, denormals, negative zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    count = math.prod(shape)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).to(torch.bool)
+    high = torch.randint(0, 256, (count * dtype.itemsize,), generator=generator)
+    return high.to(torch.uint8).view(dtype).reshape(shape)
+
+
+def thin(tensor: Tensor, density: float, seed: int) -> Tensor:
+    """``tensor`` with all but about ``density`` of it set to zero bits."""
+    keep = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)) < density
+    return torch.where(keep, tensor, torch.zeros_like(tensor))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    assert torch.equal(bits(a), bits(b))
+
+
+def assert_same(a: Packed, b: Packed) -> None:
+    assert list(a.encoded) == list(b.encoded)
+    for name, first in a.encoded.items():
+        second = b.encoded[name]
+        assert first.dtype == second.dtype
+        assert_same_bits(first.codes, second.codes)
+        assert (first.scale is None) == (second.scale is None)
+        if first.scale is not None and second.scale is not None:
+            assert_same_bits(first.scale, second.scale)
+        assert_same_bits(first.decode(), second.decode())
+    assert list(a.rest) == list(b.rest)
+    for name, tensor in a.rest.items():
+        assert_same_bits(tensor, b.rest[name])
+    assert a.aliases == b.aliases
+    assert a.metadata == b.metadata
+
+
+@st.composite
+def encodeds(draw: st.DrawFn) -> Encoded:
+    shape = draw(SHAPES)
+    seed = draw(st.integers(0, 2**32 - 1))
+    codes = random_bits(shape, draw(st.sampled_from(VALUE_DTYPES)), seed)
+    codes = thin(codes, draw(st.sampled_from([0.0, 0.001, 0.05, 0.5, 0.99, 1.0])), seed + 1)
+    scale = None
+    if draw(st.booleans()):
+        kept = draw(st.integers(0, len(shape)))
+        scale_shape = tuple(
+            size if draw(st.booleans()) else 1 for size in shape[len(shape) - kept :]
+        )
+        scale = random_bits(scale_shape, torch.float32, seed + 2)
+    return Encoded(codes, draw(st.sampled_from(FLOATS)), scale)
+
+
+@st.composite
+def packeds(draw: st.DrawFn) -> Packed:
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+    names = draw(st.lists(text, unique=True, max_size=8))
+    cuts = sorted(draw(st.tuples(*[st.integers(0, len(names))] * 2)))
+    encoded = {name: draw(encodeds()) for name in names[: cuts[0]]}
+    rest = {
+        name: random_bits(
+            draw(SHAPES), draw(st.sampled_from(list(DTYPES.values()))), draw(st.integers(0, 99))
+        )
+        for name in names[cuts[0] : cuts[1]]
+    }
+    targets = names[: cuts[1]]
+    aliases = {name: draw(st.sampled_from(targets)) for name in names[cuts[1] :] if targets}
+    reserved = {"format", "version", "hash"}
+    metadata = draw(st.dictionaries(text.filter(lambda key: key not in reserved), text, max_size=3))
+    return Packed(encoded, rest, aliases, metadata)
+
+
+@settings(deadline=None)
+@given(packeds())
+def test_round_trip(packed: Packed) -> None:
+    data = pack(packed)
+    assert_same(unpack(data), packed)
+    assert pack(packed) == data
+
+
+@settings(deadline=None, max_examples=30)
+@given(packeds())
+def test_round_trip_without_zstandard(packed: Packed) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "zstandard", None)
+        data = pack(packed)
+        assert_same(unpack(data), packed)
+    assert_same(unpack(data), packed)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_special_values_survive(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    special = [-0.0, math.inf, -math.inf, math.nan, tiny, -tiny, torch.finfo(dtype).max]
+    codes = torch.zeros(1000, dtype=dtype)
+    codes[::137][: len(special)] = torch.tensor(special, dtype=dtype)
+    payload = torch.full((1,), 255, dtype=torch.uint8).repeat(dtype.itemsize).view(dtype)
+    codes[999] = payload[0]
+    for packed in (Packed({"w": Encoded(codes, dtype)}), Packed(rest={"w": codes})):
+        assert_same(unpack(pack(packed)), packed)
+
+
+def test_gaps_of_many_times_255() -> None:
+    codes = torch.zeros(200_000, dtype=torch.int8)
+    codes[[254, 255, 510, 766, 100_000, 199_999]] = 1
+    packed = Packed({"w": Encoded(codes, torch.float32)})
+    assert_same(unpack(pack(packed)), packed)
+
+
+def test_non_contiguous_and_trainable_tensors() -> None:
+    weight = torch.nn.Parameter(torch.arange(12.0).reshape(3, 4)).t()
+    conjugate = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64).conj()
+    back = unpack(pack(Packed({"w": Encoded.dense(weight)}, {"c": conjugate})))
+    assert torch.equal(back.encoded["w"].codes, weight)
+    assert not back.encoded["w"].codes.requires_grad
+    assert torch.equal(back.rest["c"], conjugate.resolve_conj())
+
+
+@pytest.mark.parametrize("shape", [(1,), (0,), (2, 3)])
+def test_expanded_tensors(shape: tuple[int, ...]) -> None:
+    expanded = torch.tensor(2.0).expand(shape)
+    back = unpack(pack(Packed({"w": Encoded.dense(expanded)}, {"r": expanded})))
+    assert torch.equal(back.encoded["w"].codes, expanded)
+    assert torch.equal(back.rest["r"], expanded)
+
+
+def test_loaded_tensors_share_no_memory() -> None:
+    rest = {"a": torch.ones(4), "b": torch.ones(4)}
+    back = unpack(pack(Packed({"w": Encoded.dense(torch.ones(4))}, rest)))
+    back.rest["a"].zero_()
+    back.encoded["w"].codes.zero_()
+    assert back.rest["b"].sum() == 4
+    assert back.rest["a"].untyped_storage().nbytes() == 16
+
+
+def test_masks_are_those_of_the_stored_codes() -> None:
+    codes = torch.zeros(100, dtype=torch.int8)
+    codes[3] = 5
+    kept = torch.zeros(100, dtype=torch.bool)
+    kept[[3, 4]] = True  # the second was quantized to zero
+    dense = Encoded.dense(torch.arange(1.0, 101.0))
+    back = unpack(pack(Packed({"s": Encoded(codes, torch.float32, mask=kept), "d": dense})))
+    assert back.encoded["d"].mask is None
+    mask = back.encoded["s"].mask
+    assert mask is not None
+    assert mask.nonzero().flatten().tolist() == [3]
+
+
+def test_negative_zeros_are_stored_and_in_the_mask() -> None:
+    codes = torch.zeros(100)
+    codes[7] = -0.0
+    back = unpack(pack(Packed({"w": Encoded.dense(codes)}))).encoded["w"]
+    assert torch.signbit(back.codes).nonzero().flatten().tolist() == [7]
+    assert back.mask is not None
+    assert back.mask[7]
+
+
+def test_storage_is_the_smaller_one(tmp_path: Path) -> None:
+    encoded = {
+        f"{density}": Encoded(
+            thin(torch.ones(10_000, dtype=torch.float16) / 3, density, 0), torch.float32
+        )
+        for density in (0.0, 0.05, 1.0)
+    }
+    encoded["empty"] = Encoded.dense(torch.empty(0))
+    write_packed(tmp_path / "m.condensa", Packed(encoded))
+    info = inspect_packed(tmp_path / "m.condensa")
+    assert [t.storage for t in info.tensors] == ["sparse", "sparse", "dense", "dense"]
+
+
+@pytest.mark.parametrize("density", [0.005, 0.02, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+def test_size_is_near_the_entropy_bound(dtype: torch.dtype, density: float) -> None:
+    count = 1_000_000
+    codes = thin(random_bits((count,), dtype, 0), density, 1)
+    nnz = int(torch.count_nonzero(codes.view(torch.int8 if dtype == torch.int8 else torch.int16)))
+    share = nnz / count
+    entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+    bound = count * entropy / 8 + nnz * dtype.itemsize
+    size = len(pack(Packed({"w": Encoded(codes, torch.float32)})))
+    assert size < 1.05 * bound
+
+
+def test_overhead_of_a_small_model(tmp_path: Path) -> None:
+    shapes = {"conv1": (32, 1, 3, 3), "conv2": (64, 32, 3, 3), "fc1": (128, 1024), "fc2": (10, 128)}
+    encoded = {
+        f"{name}.weight": Encoded(thin(random_bits(s, torch.int8, 0), 0.01, 1), torch.float32)
+        for name, s in shapes.items()
+    }
+    rest = {f"{name}.bias": torch.randn(s[0]) for name, s in shapes.items()}
+    write_packed(tmp_path / "m.condensa", Packed(encoded, rest))
+    assert inspect_packed(tmp_path / "m.condensa").overhead_bytes < 600

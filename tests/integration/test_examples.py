@@ -1,0 +1,51 @@
+"""The examples as a user runs them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_main_job_in_small(tmp_path: Path) -> None:
+    # Hardly trained networks: a wide tolerance, so that something is feasible.
+    small = ("--trials", "2", "--epochs", "4", "--tolerance", "0.9", "--confidence", "0.5")
+    out = run("digits/search.py", *small, cwd=tmp_path)
+    folder = tmp_path / "runs" / "digits"
+    figures = json.loads((folder / "figures.json").read_text())
+    dense, compressed = figures["dense"], figures["compressed"]
+    assert dense["test accuracy"] >= 0.98
+    assert dense["bytes on disk"] == (folder / "dense.safetensors").stat().st_size
+    packed = folder / "result" / "best.condensa"
+    assert compressed["bytes on disk"] == packed.stat().st_size < dense["bytes on disk"] / 5
+    assert "equal, bit for" in out and "tensorboard --logdir" in out
+    assert (folder / "result" / "search.png").exists()
+    assert load_file(folder / "outputs.safetensors")["outputs"].shape == (400, 10)
+    # A second run finds everything done.
+    again = run("digits/search.py", *small, cwd=tmp_path)
+    assert again.count("feasible") == out.count("feasible")
+    assert len(list((folder / "trials").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_the_callback_in_a_script(tmp_path: Path) -> None:
+    out = run("digits/callback.py", cwd=tmp_path)
+    assert "layers.6.weight" in out and "bytes in digits.condensa" in out
+    assert (tmp_path / "digits.condensa").stat().st_size < 20_000
