@@ -12,6 +12,12 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_condensa.callbacks.checks import (
+    as_scheme,
+    check_optimizers,
+    check_trainer,
+    scheme_text,
+)
 from lightning_condensa.callbacks.logs import log_c_step, log_summary, show_progress
 from lightning_condensa.callbacks.snapshot import Snapshot
 from lightning_condensa.callbacks.swap import WeightSwap
@@ -37,7 +43,7 @@ class CondensaCallback(Callback):
     C-step and during validation, and with ``monitor`` a copy of the best model on the CPU.
 
     Args:
-        scheme: What to compress, and how.
+        scheme: What to compress, and how; a mapping as :meth:`Scheme.to_config` writes it, too.
         preset: ``"default"`` (:class:`~lightning_condensa.lc.LCSchedule`) or ``"paper"``
             (:class:`~lightning_condensa.lc.PaperSchedule`), the published algorithm.
         schedule: Fields of the preset's schedule to change, or a schedule of your own.
@@ -56,18 +62,16 @@ class CondensaCallback(Callback):
 
     def __init__(
         self,
-        scheme: Scheme,
+        scheme: Scheme | Mapping[str, Any],
         preset: Literal["default", "paper"] = "default",
         *,
         schedule: Schedule | Mapping[str, Any] | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
     ) -> None:
-        if not isinstance(scheme, Scheme):
-            raise ValueError(f"scheme must be a scheme such as Prune(0.1), got {scheme!r}")
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
-        self.scheme = scheme
+        self.scheme = as_scheme(scheme)
         self.schedule = make_schedule(preset, schedule)
         self.monitor = monitor
         self.mode = mode
@@ -110,19 +114,12 @@ class CondensaCallback(Callback):
         named = dict(pl_module.named_parameters())
         self._swap = WeightSwap({name: named[name] for name in self._bound.names})
         self._compressed = self._run = None
-        if self.monitor is not None and not trainer.enable_validation:
-            raise ValueError(f"monitor={self.monitor!r} needs validation, which is switched off")
-        if any(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks):
-            rank_zero_warn(
-                "a checkpoint with save_weights_only=True holds the training weights, not θ: "
-                "Lightning shows it to no callback"
-            )
+        check_trainer(trainer, self.monitor)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan the run and make the first C-step, or take up a run that was interrupted."""
         assert self._bound is not None
-        if not trainer.optimizers:
-            raise ValueError("CondensaCallback needs an optimizer: configure_optimizers gave none")
+        check_optimizers(trainer, pl_module)
         restored, self._restored = self._restored, None
         self._seen_global_step = trainer.global_step
         self._start = trainer.global_step if restored is None else restored["start"]
@@ -220,9 +217,15 @@ class CondensaCallback(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep θ if it is the best so far, and put the training weights back."""
-        if self._run is None or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        if self.monitor is not None and not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            if self.monitor is not None:  # find a misspelt name before any training
+                self._monitored(trainer, self.monitor)
+            return
+        if self._run is None:
+            return
+        if self.monitor is not None:
             score = self._monitored(trainer, self.monitor)
             beaten = self._best is not None and self._best.beats(score, self.mode)
             if math.isfinite(score) and not beaten:
@@ -256,12 +259,9 @@ class CondensaCallback(Callback):
             return
         weights = self._swap.training_weights
         checkpoint[_CHECKPOINT_KEY] = {n: w.detach().clone() for n, w in weights.items()}
-        theta = {n: e.decode() for n, e in self._run.project(weights).items()}
-        # Every name of a parameter that layers share, or a stale one would be loaded over θ.
-        names = {id(p): name for name, p in self._swap.parameters.items()}
-        for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-            if id(parameter) in names and name in checkpoint["state_dict"]:
-                checkpoint["state_dict"][name] = theta[names[id(parameter)]]
+        theta = self._run.project(weights)
+        decoded = {name: encoded.decode() for name, encoded in theta.items()}
+        self._swap.overwrite(checkpoint["state_dict"], pl_module, decoded)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -275,7 +275,7 @@ class CondensaCallback(Callback):
         if self._run is None:
             return {}
         return {
-            "scheme": _identity(self.scheme),
+            "scheme": scheme_text(self.scheme),
             "start": self._start,
             "run": self._run.state_dict(),
             "best": None if self._best is None else self._best.state_dict(),
@@ -289,7 +289,7 @@ class CondensaCallback(Callback):
         """
         if not state_dict:
             return
-        other, own = state_dict["scheme"], _identity(self.scheme)
+        other, own = state_dict["scheme"], scheme_text(self.scheme)
         if other != own and None not in (other, own):
             raise ValueError(
                 f"the checkpoint belongs to another scheme: {other}, this callback has {own}"
@@ -303,12 +303,3 @@ def _steps_per_epoch(trainer: pl.Trainer) -> int | None:
     if not math.isfinite(batches):
         return None
     return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
-
-
-def _identity(scheme: Scheme) -> str | None:
-    """The scheme as text; ``None`` where it holds a function, which no text identifies."""
-    try:
-        scheme.to_config()
-    except ValueError:
-        return None
-    return scheme.describe()

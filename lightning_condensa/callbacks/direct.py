@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from lightning_condensa.callbacks.checks import as_scheme
 from lightning_condensa.deploy import CompressedModel, Report, load_theta
 from lightning_condensa.schemes import Scheme
 
@@ -15,7 +19,7 @@ class DirectCompression(Callback):
     To compress a module that is trained already, use :meth:`CompressedModel.compress`.
 
     Args:
-        scheme: What to compress, and how.
+        scheme: What to compress, and how; a mapping as :meth:`Scheme.to_config` writes it, too.
 
     Raises:
         ValueError: If ``scheme`` is no scheme; at the start of ``fit``, if it does not fit the
@@ -26,10 +30,8 @@ class DirectCompression(Callback):
         >>> callback = DirectCompression(Quantize("int8"))
     """
 
-    def __init__(self, scheme: Scheme) -> None:
-        if not isinstance(scheme, Scheme):
-            raise ValueError(f"scheme must be a scheme such as Prune(0.1), got {scheme!r}")
-        self.scheme = scheme
+    def __init__(self, scheme: Scheme | Mapping[str, Any]) -> None:
+        self.scheme = as_scheme(scheme)
         self._compressed: CompressedModel | None = None
 
     @property

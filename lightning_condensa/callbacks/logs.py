@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,7 +13,6 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.lc import CStep
 from lightning_condensa.schemes import Encoded, Scheme
-from lightning_condensa.schemes.config import changed_fields
 
 
 def log_c_step(trainer: pl.Trainer, c_step: CStep) -> None:
@@ -67,7 +67,8 @@ def _hparams(scheme: Scheme) -> dict[str, Any]:
     """The scalar settings of every stage, flat: ``Prune.density`` and so on."""
     flat: dict[str, Any] = {"scheme": scheme.describe()}
     for stage in scheme.stages:
-        for name, value in changed_fields(stage).items():
+        for field in fields(stage):
+            value = getattr(stage, field.name)
             if isinstance(value, bool | int | float | str):
-                flat[f"{type(stage).__name__}.{name}"] = value
+                flat[f"{type(stage).__name__}.{field.name}"] = value
     return flat

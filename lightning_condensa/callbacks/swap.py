@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WeightSwap:
@@ -50,3 +50,16 @@ class WeightSwap:
         """Overwrite the parameters with ``values``."""
         for name, value in values.items():
             self.parameters[name].detach().copy_(value)
+
+    def overwrite(
+        self, state: MutableMapping[str, Tensor], module: nn.Module, values: Mapping[str, Tensor]
+    ) -> None:
+        """Put ``values`` into a state dict of ``module``.
+
+        They go under every name of a parameter that layers share, or a stale one would be loaded
+        over the new one.
+        """
+        names = {id(p): name for name, p in self.parameters.items()}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) in names and name in state:
+                state[name] = values[names[id(parameter)]]

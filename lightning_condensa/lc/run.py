@@ -63,6 +63,9 @@ class LCRun:
         self.step = 0
         self.gaps: dict[str, float] = {}
         self._next_c_step = 0
+        # Of the last C-step. A resumed run may have another plan, so they are not looked up in it.
+        self._c_step_at = 0
+        self._progress = 0.0
         self._lagrangian: Lagrangian | None = None
         self._support: Support | None = None
         self._response = OptimizerResponse()
@@ -127,14 +130,13 @@ class LCRun:
         if self._lagrangian is None:
             return self.bound.pi(weights)
         theta = self._lagrangian.theta
-        if self.plan.progress[self._next_c_step - 1] >= 1:
+        if self._progress >= 1:
             return dict(theta)
         return self.bound.pi({name: encoded.decode() for name, encoded in theta.items()})
 
     def finish(self) -> dict[str, Encoded]:
         """θ at the end of training; an L-step that was cut short ends with a projection."""
-        cut_short = self.step > self.plan.c_steps[self._next_c_step - 1]
-        if self._lagrangian is not None and cut_short:
+        if self._lagrangian is not None and self.step > self._c_step_at:
             return self.bound.pi(self._lagrangian.shifted(self.parameters))
         return self.project(self.parameters)
 
@@ -167,7 +169,8 @@ class LCRun:
     def _c_step(self, optimizers: Sequence[Optimizer]) -> CStep:
         started = time.perf_counter()
         index = self._next_c_step
-        bound = self.bound.relaxed(self.plan.progress[index])
+        self._c_step_at, self._progress = self.step, self.plan.progress[index]
+        bound = self.bound.relaxed(self._progress)
         if self._lagrangian is None:
             self._lagrangian = Lagrangian(bound.pi(self.parameters))
             self._lagrangian.set_mu(self._mu(index))
@@ -215,6 +218,8 @@ class LCRun:
             "step": self.step,
             "gaps": self.gaps,
             "next_c_step": self._next_c_step,
+            "c_step_at": self._c_step_at,
+            "progress": self._progress,
             "response": self._response.state_dict(),
             "lagrangian": None if self._lagrangian is None else self._lagrangian.state_dict(),
             "masks": None if self._support is None else self._support.masks,
@@ -224,7 +229,9 @@ class LCRun:
         """Take up what :meth:`state_dict` gave, on the parameters' devices."""
         self.step = state["step"]
         self.gaps = dict(state["gaps"])
-        self._next_c_step = state["next_c_step"]
+        self._next_c_step = min(state["next_c_step"], len(self.plan.c_steps))
+        self._c_step_at = state["c_step_at"]
+        self._progress = state["progress"]
         self._response = OptimizerResponse.from_state(state["response"])
         if state["masks"] is not None:
             self._lagrangian = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -60,16 +59,11 @@ def noise_variance(metric: float, samples: int | None, tolerance: float) -> floa
         tolerance: How far the metric may fall.
 
     Example:
-        >>> round(math.sqrt(noise_variance(0.98, 400, 0.01)), 4)
-        0.0049
+        >>> round(noise_variance(0.98, 400, 0.01) ** 0.5, 4)
+        0.0052
     """
     if samples is not None and 0 <= metric <= 1:
         # Rule of succession, so that a perfect baseline is not taken to be free of noise.
         p = (metric * samples + 1) / (samples + 2)
         return p * (1 - p) / samples / 2
     return (tolerance / 10) ** 2 if tolerance > 0 else (0.001 * max(abs(metric), 1e-12)) ** 2
-
-
-def finite(values: Iterable[float]) -> bool:
-    """Whether all values are finite."""
-    return all(math.isfinite(v) for v in values)

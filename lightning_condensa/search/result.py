@@ -6,7 +6,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -201,12 +201,9 @@ class SearchResult:
         """The outcome in a sentence."""
         best = self.best
         if best is not None:
-            values = ", ".join(
-                f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}"
-                for k, v in best.values.items()
-            )
             return (
-                f"Trial {best.number} is best: {values}; {self.objective} {best.objective:,.5g} "
+                f"Trial {best.number} is best: {show(best.values)}; "
+                f"{self.objective} {best.objective:,.5g} "
                 f"{self.unit} ({self.ratio(best):.1f} × better than dense) at {self.metric} "
                 f"{best.metric:.4f}, of {self._requirement()}."
             )
@@ -215,7 +212,7 @@ class SearchResult:
         if miss is not None and miss.metric is not None:
             text += (
                 f" Nearest miss: trial {miss.number} with {self.metric} {miss.metric:.4f} at "
-                f"{miss.values}; widen the range, train longer, or raise the tolerance."
+                f"{show(miss.values)}; widen the range, train longer, or raise the tolerance."
             )
         return text
 
@@ -259,6 +256,19 @@ class SearchResult:
             shutil.copyfile(self.best.path, target / "best.condensa")
         self.plot().savefig(target / "search.png", dpi=120)
         return target
+
+
+def show(values: Mapping[str, Any]) -> str:
+    """Values of a scheme's dimensions for people.
+
+    Example:
+        >>> show({"prune.density": 0.0123456, "quantize.dtype": "int8"})
+        'prune.density = 0.01235, quantize.dtype = int8'
+    """
+    return ", ".join(
+        f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
+        for name, value in values.items()
+    )
 
 
 def _best(trials: Sequence[Trial], direction: Direction) -> Trial | None:

@@ -14,7 +14,7 @@ from lightning_condensa.schemes import Scheme
 from lightning_condensa.search.overview import log_overview
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.progress import SearchProgress
-from lightning_condensa.search.result import Baseline, Curve, SearchResult, State, Trial
+from lightning_condensa.search.result import Baseline, Curve, SearchResult, State, Trial, show
 from lightning_condensa.search.store import DIVERGED_VIOLATION, Record, Store
 from lightning_condensa.search.strategies import KnownObjectiveStrategy
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, run_trial
@@ -81,7 +81,7 @@ class SearchRun:
                 return
             number, values = self.store.start(values, self.distributions)
             scheme = self.search.space.scheme.at(values)
-            self.progress.status(f"trial {number}: {scheme.describe()}", done)
+            self.progress.status(f"trial {number}: {show(values)}", done)
             job = self._job(number, scheme)
             self._record(number, values, job, self._execute(job))
 
@@ -171,7 +171,7 @@ class SearchRun:
             )
         )
         self.progress.print(
-            f"trial {number}  {job.scheme.describe()}  {figures or trial.message}  "
+            f"trial {number}  {show(values)}  {figures or trial.message}  "
             f"{trial.state}  {trial.seconds:.0f} s"
         )
         log_overview(self.search.dirpath / "overview", result)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from lightning_condensa.callbacks import CondensaCallback
@@ -153,13 +154,18 @@ def _train(job: TrialJob) -> dict[str, Any]:
     callback = CondensaCallback(
         job.scheme, **{"monitor": job.metric, "mode": job.mode, **job.callback}
     )
-    trainer = make_trainer(job.trainer, job.directory, (callback, *job.watchers))
+    trainer = make_trainer(job.trainer, job.directory, (callback,))
+    spawns = trainer.strategy.launcher is not None
+    if not spawns:  # bars live in this process
+        trainer.callbacks.extend(job.watchers)  # type: ignore[attr-defined]
     trainer.fit(module, **job.data.fit_arguments())
     if trainer.interrupted:
         raise KeyboardInterrupt
     steps = trainer.global_step
     metrics = evaluate(trainer, module, job.data.validate_arguments(), job.metric)
-    compressed: CompressedModel = callback.compressed
+    # A launcher that spawns brings the weights back, but not what the callback holds; projecting
+    # the compressed weights again gives the same θ.
+    compressed = CompressedModel.compress(module, job.scheme) if spawns else callback.compressed
     details = job.objective.details(compressed)
     compressed.save(job.directory / MODEL_FILE)
     metric = metrics[job.metric]
@@ -189,4 +195,10 @@ def make_trainer(
         "default_root_dir": directory,
         "logger": TensorBoardLogger(directory, name="", version=""),
     }
-    return pl.Trainer(**{**defaults, **own}, callbacks=[*deepcopy(list(users)), *callbacks])
+    trainer = pl.Trainer(**{**defaults, **own}, callbacks=[*deepcopy(list(users)), *callbacks])
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ValueError(
+            f"trainer: {type(trainer.strategy).__name__} on {trainer.world_size} devices would "
+            "start the whole script again for every trial; use strategy='ddp_spawn' or one device"
+        )
+    return trainer

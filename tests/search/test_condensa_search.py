@@ -331,3 +331,19 @@ def test_pareto_front_has_no_dominated_trial(tmp_path: Path) -> None:
             and (t.metric, t.objective) != (a.metric, a.objective)
         )
         assert next(better, None) is None
+
+
+def test_a_strategy_that_restarts_the_script_is_refused(tmp_path: Path) -> None:
+    two = {"max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    with pytest.raises(ValueError, match="strategy='ddp_spawn' or one device"):
+        search(tmp_path, trainer=two).fit(toy(), **loaders())
+
+
+@pytest.mark.slow
+def test_trials_on_two_spawned_processes(tmp_path: Path) -> None:
+    two = {"max_epochs": 2, "accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"}
+    result = search(tmp_path, max_trials=2, trainer=two).fit(toy(), **loaders())
+    assert [t.state for t in result.trials] == ["feasible", "infeasible"]
+    loaded = result.best.load(Toy())
+    kept = round(result.best.values["density"] * loaded.layer.weight.numel())
+    assert int(torch.count_nonzero(loaded.layer.weight)) == kept

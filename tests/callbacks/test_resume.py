@@ -1,0 +1,128 @@
+"""An interrupted run that goes on ends with the same bits as one that was not interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from lightning_condensa import Compose, CondensaCallback, Prune, Quantize, Scheme
+
+EPOCHS, BATCHES = 10, 6
+
+
+def callback_of(scheme: Scheme, l_steps: int, **kwargs: Any) -> CondensaCallback:
+    return CondensaCallback(scheme, schedule={"l_steps": l_steps}, **kwargs)
+
+
+def epochs_of_interest(callback: CondensaCallback, accumulate: int) -> dict[str, int]:
+    """An epoch that ends between two C-steps, one right after a C-step, one in fine-tuning."""
+    steps = BATCHES // accumulate
+    plan = callback.schedule.plan(EPOCHS * steps)
+    ends = {epoch: (epoch + 1) * steps for epoch in range(EPOCHS - 1)}
+    return {
+        "between": next(e for e, s in ends.items() if s not in plan.c_steps and e > 0),
+        "after a C-step": next(
+            e for e, s in ends.items() if s in plan.c_steps and s < plan.finetune_from
+        ),
+        "fine-tuning": next(e for e, s in ends.items() if s > plan.finetune_from),
+    }
+
+
+def assert_same(first: Any, second: Any, callbacks: list[CondensaCallback]) -> None:
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    one, other = (c.compressed.theta for c in callbacks)
+    for name in one:
+        assert torch.equal(one[name].codes, other[name].codes)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_bit_for_bit(net, trainer, loader, tmp_path, optimizer, accumulate, precision) -> None:  # type: ignore[no-untyped-def]
+    options = {
+        "max_epochs": EPOCHS,
+        "accumulate_grad_batches": accumulate,
+        "precision": precision,
+        "gradient_clip_val": 1.0,
+    }
+    scheme = Compose([Prune(0.2), Quantize("float16")])
+    whole = callback_of(scheme, 12 // accumulate)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    module = net(optimizer, scheduler=True)
+    trainer(whole, saver, **options).fit(module, loader, loader)
+    for where, epoch in epochs_of_interest(whole, accumulate).items():
+        torch.manual_seed(99)
+        other = type(module)(optimizer, scheduler=True)  # other weights, to be overwritten
+        resumed = callback_of(scheme, 12 // accumulate)
+        file = tmp_path / f"epoch={epoch}.ckpt"
+        trainer(resumed, **options).fit(other, loader, loader, ckpt_path=file)
+        try:
+            assert_same(module, other, [whole, resumed])
+        except AssertionError as error:
+            raise AssertionError(f"resumed {where}") from error
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_with_a_monitor_the_best_survives(net, trainer, loader, tmp_path, preset) -> None:  # type: ignore[no-untyped-def]
+    def build() -> CondensaCallback:
+        schedule = {"l_steps": 7} if preset == "default" else {"steps": 8, "lr": 0.05}
+        return CondensaCallback(
+            Prune(0.2), preset, schedule=schedule, monitor="val_loss", mode="min"
+        )  # type: ignore[arg-type]
+
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    whole, module = build(), net()
+    trainer(whole, saver, max_epochs=EPOCHS).fit(module, loader, loader)
+    for epoch in (2, 8):
+        other, resumed = net("sgd"), build()
+        file: Path = tmp_path / f"epoch={epoch}.ckpt"
+        trainer(resumed, max_epochs=EPOCHS).fit(
+            other, loader, loader, ckpt_path=file, weights_only=True
+        )
+        assert_same(module, other, [whole, resumed])
+
+
+def test_another_scheme_is_an_error(net, trainer, loader, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    saver = ModelCheckpoint(tmp_path, filename="early", every_n_epochs=1)
+    trainer(callback_of(Prune(0.2), 5), saver, max_epochs=2).fit(net(), loader)
+    with pytest.raises(
+        ValueError,
+        match=r"another scheme: Prune\(density=0.2\), this callback has Prune\(density=0.3\)",
+    ):
+        trainer(callback_of(Prune(0.3), 5), max_epochs=4).fit(
+            net(), loader, ckpt_path=tmp_path / "early.ckpt"
+        )
+
+
+def test_a_checkpoint_of_a_plain_run_starts_the_compression(  # type: ignore[no-untyped-def]
+    net, trainer, loader, tmp_path, density
+) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="dense", every_n_epochs=1)
+    trainer(saver, max_epochs=2).fit(net(), loader)
+    module, callback = net(), callback_of(Prune(0.25), 5)
+    trainer(callback, max_epochs=6).fit(module, loader, ckpt_path=tmp_path / "dense.ckpt")
+    assert density(module) == 0.25
+
+
+@pytest.mark.parametrize("schedule", [{"l_steps": 5}, {"every_n_steps": 1, "ramp": 1.0}])
+def test_the_run_may_become_shorter_or_longer(  # type: ignore[no-untyped-def]
+    net, trainer, loader, tmp_path, density, schedule
+) -> None:
+    def build() -> CondensaCallback:
+        return CondensaCallback(Prune(0.25), schedule=schedule)
+
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    trainer(build(), saver, max_epochs=5).fit(net(), loader)
+    for epochs in (4, 8):
+        module = net()
+        trainer(build(), max_epochs=epochs).fit(
+            module, loader, loader, ckpt_path=tmp_path / "epoch=2.ckpt"
+        )
+        assert density(module) == 0.25
