@@ -179,14 +179,22 @@ def test_a_monitor_that_was_never_finite_warns(net, net_class, trainer, loader, 
     assert density(module) == DENSITY
 
 
-def test_a_monitor_that_is_not_logged_is_an_error(net, trainer, loader) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("sanity_steps", [0, 2])
+def test_a_monitor_that_is_not_logged_is_an_error(net, trainer, loader, sanity_steps) -> None:  # type: ignore[no-untyped-def]
     callback = CondensaCallback(Prune(DENSITY), monitor="accuracy")
     module = net()
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     with pytest.raises(ValueError, match=r"monitor='accuracy' is not logged.*val_acc.*val_loss"):
-        trainer(callback, max_epochs=2).fit(module, loader, loader)
-    # the training weights are back, not θ
-    assert all(bool(p.detach().all()) for n, p in module.named_parameters() if n in before)
+        trainer(callback, max_epochs=2, num_sanity_val_steps=sanity_steps).fit(
+            module, loader, loader
+        )
+    untouched = all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+    if sanity_steps:
+        assert untouched  # found before any training
+    else:
+        assert not untouched
+        # the training weights are back, not θ
+        assert all(bool(p.detach().all()) for p in module.parameters())
 
 
 @pytest.mark.parametrize("arguments", [{}, {"limit_val_batches": 0}])
