@@ -30,7 +30,8 @@ from lightning_condensa import CondensaCallback, Prune
 
 #: Base width of the convolutional network and width of the fully connected one, by weights.
 WIDTHS = {"0.3 M": (12, 270), "4 M": (42, 1000), "25 M": (104, 2500)}
-BATCHES = {"convolutions, batch 32": 32, "fully connected, batch 128": 128}
+CONVOLUTIONS = {"convolutions, batch 32": 32}
+FULLY_CONNECTED = {"fully connected, batch 128": 128, "fully connected, batch 1,024": 1024}
 C_STEP_SIZES = {"1 M": 1_000_000, "25 M": 25_000_000, "100 M": 100_000_000}
 
 
@@ -156,13 +157,14 @@ def main() -> None:
     silence()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    conv, full = BATCHES
-    steps: dict[str, dict[str, Any]] = {conv: {}, full: {}}
+    steps: dict[str, dict[str, Any]] = {kind: {} for kind in CONVOLUTIONS | FULLY_CONNECTED}
     for name, (channels, width) in WIDTHS.items():
-        images = torch.randn(BATCHES[conv], 3, 32, 32)
-        vectors = torch.randn(BATCHES[full], width)
-        runs = {conv: (partial(convolutions, channels), images)}
-        runs[full] = (partial(fully_connected, width), vectors)
+        runs = {
+            kind: (partial(convolutions, channels), torch.randn(size, 3, 32, 32))
+            for kind, size in CONVOLUTIONS.items()
+        }
+        for kind, size in FULLY_CONNECTED.items():
+            runs[kind] = (partial(fully_connected, width), torch.randn(size, width))
         for kind, (make, batch) in runs.items():
             steps[kind][name] = overhead(make, batch, args.seconds, args.rounds)
             print(kind, name, steps[kind][name], flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
 
 
-def spread(values: dict[str, float], digits: int = 1) -> str:
-    """``mean ± sd``."""
-    return f"{values['mean']:.{digits}f} ± {values['sd']:.{digits}f}"
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """``mean ± sd`` of such a pair."""
+    mean, sd = values
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
 def source(results: dict[str, Any]) -> str:
@@ -99,12 +100,12 @@ def lc_overhead() -> str:
     """Step ratio and C-step seconds."""
     results = read_results("lc_overhead")
     steps = table(
-        ["weights", *(f"{kind}: plain step" for kind in results["steps"])],
+        ["weights", *results["steps"]],
         [
             [
                 name,
                 *(
-                    f"{row['plain_ms']:.0f} ms, × {row['ratio_of_medians']:.3f} with the callback"
+                    f"{row['plain_ms']:.0f} ms × {row['ratio_of_medians']:.3f}"
                     for row in (by_size[name] for by_size in results["steps"].values())
                 ),
             ]

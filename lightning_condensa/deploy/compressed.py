@@ -47,7 +47,7 @@ class CompressedModel:
             >>> int(torch.count_nonzero(compressed.module.weight))
             20
         """
-        copy = deepcopy(module)
+        copy = detached_copy(module)
         theta = scheme.bind(copy).pi(dict(copy.named_parameters()))
         load_theta(copy, theta)
         return cls(copy, theta, scheme)
@@ -85,7 +85,14 @@ class CompressedModel:
             if name not in self.theta:
                 rest[name] = value.detach().cpu()
         encoded = {n: e.to(torch.device("cpu")) for n, e in self.theta.items()}
-        return Packed(encoded, rest, aliases, {"scheme": self.scheme.to_yaml()})
+        return Packed(encoded, rest, aliases, {"scheme": self._scheme_text()})
+
+    def _scheme_text(self) -> str:
+        """The scheme for readers of the file; nothing is built from it on load."""
+        try:
+            return self.scheme.to_yaml()
+        except ValueError:  # it holds a function that no configuration can name
+            return self.scheme.describe()
 
     def save(self, path: str | Path) -> int:
         """Write the packed file.
@@ -148,6 +155,12 @@ def _state_dict(packed: Packed) -> dict[str, Tensor]:
     state.update(packed.rest)
     state.update({alias: state[name] for alias, name in packed.aliases.items()})
     return state
+
+
+def detached_copy(module: M) -> M:
+    """A deep copy without the Trainer, which a LightningModule keeps a reference to."""
+    trainer = getattr(module, "_trainer", None)
+    return deepcopy(module, {} if trainer is None else {id(trainer): None})
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.nn import functional as nnf
 
 
 class Grouping(Protocol):
-    """A partition of a tensor's elements into groups."""
+    """A partition of a tensor's elements into groups; sizes are float32."""
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The groups as rows ``(groups, size)``, zero-padded, and real sizes ``(groups, 1)``."""
@@ -96,7 +96,8 @@ class Blocks:
         rows = self._split(weight)
         if all(n % b == 0 for n, b in zip(weight.shape, self.block_size, strict=True)):
             return rows, _full_sizes(rows)
-        sizes = self._split(torch.ones_like(weight, dtype=rows.dtype)).sum(1, keepdim=True)
+        ones = torch.ones_like(weight, dtype=torch.float32)
+        sizes = self._split(ones).sum(1, keepdim=True)
         return rows, sizes
 
     def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
@@ -108,7 +109,7 @@ class Blocks:
 
 
 def _full_sizes(rows: Tensor) -> Tensor:
-    return torch.full((rows.shape[0], 1), rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return torch.full((rows.shape[0], 1), float(rows.shape[1]), device=rows.device)
 
 
 def n_m_mask(weight: Tensor, n: int, m: int) -> Tensor:

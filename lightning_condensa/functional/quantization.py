@@ -11,7 +11,8 @@ def symmetric_scale(rows: Tensor, levels: int, candidates: int = 24) -> Tensor:
 
     The error is compared at ``candidates`` scales from the one that just covers the largest
     magnitude down to 40 % of it, where clipping pays on heavy tails; the min-max scale is among
-    them, so the result is never worse than min-max.
+    them, so the result is never worse than min-max. Scales are rounded to 17 significant bits:
+    their products with codes are then exact in float32, and rounding again changes nothing.
 
     Args:
         rows: ``(rows, size)``.
@@ -28,19 +29,24 @@ def symmetric_scale(rows: Tensor, levels: int, candidates: int = 24) -> Tensor:
     rows = rows.to(torch.float32)
     largest = rows.abs().amax(1, keepdim=True)
     # A denormal row would need a scale below the smallest float: it rounds to zero instead.
-    full = largest / levels
+    full = _rounded(largest / levels)
     full = torch.where(full > 0, full, torch.ones_like(full))
     best, best_error = full, _rounding_error(rows, full, levels)
     for shrink in torch.linspace(1.0, 0.4, candidates).tolist()[1:]:
         # Beyond 5 bits clipping below 90 % never pays: the grid is finer than the tail is long.
         if levels > 15 and shrink < 0.9:
             break
-        scale = (full * shrink).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = _rounded(full * shrink).clamp_min(torch.finfo(torch.float32).tiny)
         error = _rounding_error(rows, scale, levels)
         better = error < best_error
         best = torch.where(better, scale, best)
         best_error = torch.where(better, error, best_error)
     return best
+
+
+def _rounded(scale: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2**17).round_() / 2**17, exponent)
 
 
 def integer_codes(rows: Tensor, scale: Tensor, levels: int) -> Tensor:
@@ -64,4 +70,5 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         tensor([65504.,     0.], dtype=torch.float16)
     """
     limit = torch.finfo(dtype).max
-    return weight.clamp(-limit, limit).to(dtype).add_(0.0)
+    # Cast first: in the type of the weight the limit itself might round up and overflow.
+    return weight.to(dtype).clamp(-limit, limit).add_(0.0)

@@ -3,7 +3,7 @@
 ``torch.topk`` on the concatenation of all scores sorts a partial heap of k elements and needs a
 second copy of the network. Here the k-th largest value is bracketed from a small strided sample
 (Floyd & Rivest, "Expected time bounds for selection", CACM 1975), the elements above the bracket
-are counted in one pass, and only the few inside it are sorted. The answer is exact for every
+are counted in one pass, and only the few inside it are selected from. The answer is exact for every
 input: a bracket that misses is widened to everything on the side that was missed.
 """
 
@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _SAMPLE = 1 << 16
+_CHUNK = 1 << 16  # elements that, with their masks, stay in the cache
 
 
 def topk_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -45,42 +49,64 @@ def topk_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
     if k == total:
         return [torch.ones_like(s, dtype=torch.bool) for s in scores]
-    threshold, ties = kth_largest(scores, k)
+    dtype = _common_dtype(scores)
+    threshold = kth_largest(scores, k)
     masks = []
+    ties = threshold.ties
     for score in scores:
-        mask = score > threshold
-        if ties > 0:
-            tied = (score == threshold).flatten().nonzero().squeeze(1)[:ties]
-            mask.view(-1)[tied] = True
-            ties -= tied.numel()
+        score = score.to(dtype)
+        if threshold.ties == threshold.equal:  # the usual case: no tie to cut
+            masks.append(score >= threshold.value)
+            continue
+        mask = score > threshold.value
+        tied = (score == threshold.value).flatten().nonzero().squeeze(1)[:ties]
+        mask.view(-1)[tied] = True
+        ties -= tied.numel()
         masks.append(mask)
     return masks
 
 
-def kth_largest(scores: Sequence[Tensor], k: int) -> tuple[float, int]:
+class Threshold(NamedTuple):
+    """Where a top-k ends.
+
+    Attributes:
+        value: The k-th largest score.
+        ties: How many of the scores equal to ``value`` belong to the top k, at least 1.
+        equal: How many scores equal ``value``.
+    """
+
+    value: float
+    ties: int
+    equal: int
+
+
+def kth_largest(scores: Sequence[Tensor], k: int) -> Threshold:
     """The ``k``-th largest of all scores, and how many equal to it belong to the top ``k``.
 
     Args:
         scores: Floating point tensors, without NaN.
         k: Rank, ``1 <= k <= sum of numel``.
 
-    Returns:
-        The threshold ``t``, and ``k − #{score > t}`` (at least 1).
+    Example:
+        >>> kth_largest([torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])], 2)
+        Threshold(value=2.0, ties=1, equal=2)
     """
-    flat = [s.reshape(-1) for s in scores if s.numel() > 0]
+    dtype = _common_dtype(scores)
+    flat = [s.reshape(-1).to(dtype) for s in scores if s.numel() > 0]
     low, high = _bracket(flat, k)
-    above = _count_above(flat, high)
-    while above >= k:  # the k-th largest lies above the bracket
-        low, high = high, math.inf
-        above = 0
-    inside = _between(flat, low, high)
-    if above + inside.numel() < k:  # it lies below
-        high = low
-        above = _count_above(flat, high)
-        inside = _between(flat, -math.inf, high)
-    threshold = inside.kthvalue(inside.numel() - (k - above) + 1).values
-    ties = k - above - int((inside > threshold).sum())
-    return float(threshold), ties
+    above, inside = _scan(flat, low, high)
+    if above >= k:  # the k-th largest lies above the bracket
+        above, inside = _scan(flat, high, math.inf)
+    elif above + inside.numel() < k:  # it lies below
+        above, inside = _scan(flat, -math.inf, low)
+    value = inside.kthvalue(inside.numel() - (k - above) + 1).values
+    ties = k - above - int(torch.count_nonzero(inside > value))
+    return Threshold(float(value), ties, int(torch.count_nonzero(inside == value)))
+
+
+def _common_dtype(scores: Sequence[Tensor]) -> torch.dtype:
+    """A type that holds every score exactly: a threshold is never rounded to a narrower one."""
+    return reduce(torch.promote_types, {s.dtype for s in scores})
 
 
 def _bracket(flat: Sequence[Tensor], k: int) -> tuple[float, float]:
@@ -101,10 +127,11 @@ def _bracket(flat: Sequence[Tensor], k: int) -> tuple[float, float]:
     return low, high
 
 
-def _count_above(flat: Sequence[Tensor], value: float) -> int:
-    return sum(int(torch.count_nonzero(f > value)) for f in flat)
-
-
-def _between(flat: Sequence[Tensor], low: float, high: float) -> Tensor:
-    """All elements in ``[low, high]``."""
-    return torch.cat([f[(f >= low) & (f <= high)] for f in flat])
+def _scan(flat: Sequence[Tensor], low: float, high: float) -> tuple[int, Tensor]:
+    """How many elements exceed ``high``, and all elements in ``[low, high]``."""
+    above = 0
+    inside = []
+    for chunk in chain.from_iterable(torch.split(f, _CHUNK) for f in flat):
+        above += int(torch.count_nonzero(chunk > high))
+        inside.append(chunk[(chunk >= low) & (chunk <= high)])
+    return above, torch.cat(inside)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lightning_condensa.deploy import CompressedModel
+from lightning_condensa.deploy.compressed import detached_copy
 from lightning_condensa.objectives.base import Objective, example_of
 
 
@@ -59,10 +61,11 @@ class Parameters(Objective):
 class FLOPs(Objective):
     """Floating point operations of one forward pass that touch a non-zero weight.
 
-    Counted by PyTorch's ``FlopCounterMode`` on the meta device (on CPU it misses LSTMs and fused
-    attention), layer by layer; a layer's count is scaled by the density of its weights. Products
-    without weights, as in attention, count in full. This is what an execution that skips zeros
-    has to do; a dense engine does more.
+    Counted with PyTorch's formulas (``torch.utils.flop_counter``) on the meta device, where LSTMs
+    and fused attention fall apart into products that can be counted (on CPU they cannot). A
+    product with a weight, or with a part of one, is scaled by the density of what it reads;
+    products without weights, as in attention, count in full. This is what an execution that skips
+    zeros has to do; a dense engine does more.
 
     Args:
         example: An input batch, or a tuple of positional inputs; the module's
@@ -76,50 +79,58 @@ class FLOPs(Objective):
 
     def __call__(self, compressed: CompressedModel) -> float:
         """Operations per forward pass of the example."""
-        return self.details(compressed)["value"]  # type: ignore[no-any-return]
+        return float(self.details(compressed)["value"])
 
     def details(self, compressed: CompressedModel) -> dict[str, Any]:
         """Dense and effective operations."""
-        per_layer = self._dense(compressed.module)
-        effective = sum(
-            flops * _weight_density(compressed.module.get_submodule(name))
-            for name, flops in per_layer.items()
-        )
-        return {"value": float(effective), "dense": sum(per_layer.values())}
-
-    def _dense(self, module: nn.Module) -> dict[str, int]:
-        """Operations by module, each counted where it happens and not again in its parents."""
+        module = compressed.module
         inputs = example_of(module, self.example, self.name)
-        meta = _detached(module).to("meta").eval()
-        counter = FlopCounterMode(display=False)
+        meta = detached_copy(module).to("meta").eval()
+        counter = _Counter(module, meta)
         with counter, torch.no_grad():
-            meta(*(i.to("meta") if isinstance(i, torch.Tensor) else i for i in inputs))
-        prefix = type(meta).__name__
-        totals = {
-            name.removeprefix(prefix).removeprefix("."): sum(counts.values())
-            for name, counts in counter.get_flop_counts().items()
-            if name == prefix or name.startswith(f"{prefix}.")
+            meta(*(i.to("meta") if isinstance(i, Tensor) else i for i in inputs))
+        return {"value": counter.effective, "dense": counter.dense}
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the products of a forward pass on ``meta``, with the densities of ``module``."""
+
+    def __init__(self, module: nn.Module, meta: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dense = 0
+        self.effective = 0.0
+        weights = dict(module.named_parameters(remove_duplicate=False))
+        self._weights = {
+            _storage(parameter): weights[name].detach()
+            for name, parameter in meta.named_parameters(remove_duplicate=False)
+            if parameter.dim() > 1
         }
-        own = dict(totals)
-        for name, flops in totals.items():
-            if name:
-                parent = name.rpartition(".")[0]
-                while parent not in totals:
-                    parent = parent.rpartition(".")[0]
-                own[parent] -= flops
-        return own
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            self.dense += flops
+            self.effective += flops * math.prod(self._density(a) for a in args)
+        return out
+
+    def _density(self, operand: Any) -> float:
+        """Share of non-zeros that a weight, or a view of one, reads; 1 for other operands."""
+        if not isinstance(operand, Tensor) or _storage(operand) not in self._weights:
+            return 1.0
+        weight = self._weights[_storage(operand)]
+        offset = weight.storage_offset() + operand.storage_offset()
+        read = weight.as_strided(operand.shape, operand.stride(), offset)
+        return int(torch.count_nonzero(read)) / max(read.numel(), 1)
 
 
-def _detached(module: nn.Module) -> nn.Module:
-    """A deep copy without the Trainer, which a LightningModule keeps a reference to."""
-    trainer = getattr(module, "_trainer", None)
-    memo = {} if trainer is None else {id(trainer): None}
-    copy: nn.Module = deepcopy(module, memo)
-    return copy
-
-
-def _weight_density(module: nn.Module) -> float:
-    """Share of non-zeros in the module's own weights of two or more dimensions; 1 without."""
-    weights = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-    elements = sum(w.numel() for w in weights)
-    return sum(int(torch.count_nonzero(w)) for w in weights) / elements if elements else 1.0
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

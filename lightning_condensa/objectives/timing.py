@@ -55,7 +55,7 @@ class Latency(Objective):
         module = compressed.module
         device = torch.device(self.device or next(module.parameters()).device)
         home = next(module.parameters()).device
-        training = module.training
+        modes = [(m, m.training) for m in module.modules()]
         inputs = tuple(
             i.to(device) if isinstance(i, Tensor) else i
             for i in example_of(module, self.example, self.name)
@@ -73,7 +73,9 @@ class Latency(Objective):
                 timer.blocked_autorange(min_run_time=self.min_seconds / 5)
                 measured = timer.blocked_autorange(min_run_time=self.min_seconds)
         finally:
-            module.to(home).train(training)
+            module.to(home)
+            for part, training in modes:  # a frozen part keeps its own mode
+                part.training = training
         times = measured.times
         return {
             "value": measured.median,

@@ -8,7 +8,7 @@ written to YAML. Bound to a module (:meth:`Scheme.bind`) it becomes a pair of pu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -88,7 +88,7 @@ class Scheme:
             encoded = theta[target.name]
             codes = self.project(encoded.codes)
             if encoded.mask is not None:
-                codes = codes.mul(encoded.mask)
+                codes = torch.where(encoded.mask, codes, 0)  # a product could leave -0.0
             changed[target.name] = encoded.replace(codes=codes)
         return changed
 
@@ -145,10 +145,18 @@ class Scheme:
                 "give values with scheme.at(...), or search them with CondensaSearch"
             )
         stages = []
+        quantized: set[str] = set()
         for stage in self.stages:
             targets = tuple(stage.select(module))
             stage.check(targets)
             stages.append((stage, targets))
+            if stage.order == QUANTIZE:
+                if twice := sorted(quantized.intersection(t.name for t in targets)):
+                    raise ValueError(
+                        f"{', '.join(twice)} would be quantized twice: "
+                        "select different weights with include= or exclude="
+                    )
+                quantized.update(t.name for t in targets)
         order = [name for name, _ in module.named_parameters()]
         used = {name for stage, targets in stages for name in stage.names(targets)}
         return BoundScheme(self, tuple(stages), tuple(n for n in order if n in used))
@@ -163,22 +171,27 @@ class Scheme:
         Raises:
             ValueError: If a name is not a dimension of the scheme, or a value is not accepted.
         """
-        unknown = sorted(set(values) - set(self.space()))
-        if unknown:
-            raise ValueError(f"no search dimension {unknown}; there are {sorted(self.space())}")
+        self.check_dimensions(values)
         return replace(self, **values)
+
+    def check_dimensions(self, names: Iterable[str]) -> None:
+        """Raise ``ValueError`` unless every name is an open search dimension."""
+        if unknown := sorted(set(names) - set(self.space())):
+            raise ValueError(f"no search dimension {unknown}; there are {sorted(self.space())}")
 
     # -- as text and plain data ------------------------------------------------------------------
 
     def describe(self) -> str:
-        """One line for people: the class and what differs from its defaults.
+        """One line for people: the class, its main fields and what differs from the defaults.
 
         Example:
             >>> from lightning_condensa import Prune
             >>> Prune(0.1).describe()
             'Prune(density=0.1)'
         """
-        settings = ", ".join(f"{k}={v!r}" for k, v in changed_fields(self).items())
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if not f.kw_only}
+        shown.update(changed_fields(self))
+        settings = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         return f"{type(self).__name__}({settings})"
 
     def to_config(self) -> dict[str, Any]:
@@ -286,8 +299,10 @@ class NotFiniteError(ValueError):
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise :class:`NotFiniteError` if ``tensor`` holds NaN or infinity."""
-    # One reduction, no temporary; float32 so that finite halves cannot overflow the sum.
-    if not bool(tensor.sum(dtype=torch.float32).isfinite()):
+    # One reduction without a temporary; only where it is not finite, which a sum of finite values
+    # can be too, each element is looked at.
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not bool(total.isfinite()) and not bool(tensor.isfinite().all()):
         raise NotFiniteError(f"{name} holds values that are not finite: training has diverged")
 
 

@@ -87,9 +87,7 @@ class Compose(Scheme):
 
     def at(self, values: Mapping[str, Any]) -> Compose:
         """The composition with values for some dimensions."""
-        unknown = sorted(set(values) - set(self.space()))
-        if unknown:
-            raise ValueError(f"no search dimension {unknown}; there are {sorted(self.space())}")
+        self.check_dimensions(values)
         stages = []
         for name, stage in zip(self._stage_names(), self.stages, strict=True):
             own = {d: values[f"{name}.{d}"] for d in stage.space() if f"{name}.{d}" in values}

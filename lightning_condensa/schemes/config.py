@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 PACKAGE = "lightning_condensa"
@@ -37,16 +38,21 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if isinstance(value, Mapping):
         return {str(k): encode(v) for k, v in value.items()}
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, float):
+        return float(value)  # NumPy's float64 is a float that YAML refuses
+    if value is None or isinstance(value, bool | int | str):
         return value
-    raise ValueError(f"a configuration cannot hold {value!r}: use a name instead of a function")
+    if isinstance(value, FunctionType) and "<" not in value.__qualname__:
+        return {"function": f"{value.__module__}.{value.__qualname__}"}
+    raise ValueError(f"a configuration cannot hold {value!r}: use a named function of a module")
 
 
 def decode(value: Any) -> Any:
     """What :func:`encode` wrote.
 
     Raises:
-        ValueError: If a class is not a scheme or a search dimension, or refuses its arguments.
+        ValueError: If a class is not a scheme or a search dimension, or refuses its arguments,
+            or a function cannot be imported.
     """
     if isinstance(value, Mapping) and "class_path" in value:
         cls = _find(value["class_path"])
@@ -55,6 +61,11 @@ def decode(value: Any) -> Any:
             return cls(**arguments)
         except TypeError as error:
             raise ValueError(f"{value['class_path']}: {error}") from error
+    if isinstance(value, Mapping) and set(value) == {"function"}:
+        found = _import(value["function"])
+        if not isinstance(found, FunctionType):
+            raise ValueError(f"function={value['function']!r} is not a function")
+        return found
     if isinstance(value, list):
         return [decode(v) for v in value]
     if isinstance(value, Mapping):
@@ -63,18 +74,22 @@ def decode(value: Any) -> Any:
 
 
 def _find(path: object) -> Any:
-    if not isinstance(path, str):
-        raise ValueError(f"class_path must be a string, got {path!r}")
     schemes = importlib.import_module(f"{PACKAGE}.schemes")
-    module_name, _, name = path.rpartition(".")
-    if module_name in ("", PACKAGE):
-        found = getattr(schemes, name, None)
+    if isinstance(path, str) and path.rpartition(".")[0] in ("", PACKAGE):
+        found = getattr(schemes, path.rpartition(".")[2], None)
     else:
-        try:
-            found = getattr(importlib.import_module(module_name), name, None)
-        except ImportError as error:
-            raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error
+        found = _import(path)
     accepted = (schemes.Scheme, schemes.Range, schemes.Choice)
     if not (isinstance(found, type) and issubclass(found, accepted)):
         raise ValueError(f"class_path={path!r} is not a scheme, Range or Choice")
     return found
+
+
+def _import(path: object) -> Any:
+    if not isinstance(path, str) or not all(path.rpartition(".")[::2]):
+        raise ValueError(f"a class or function must be given as module.name, got {path!r}")
+    module_name, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name, None)
+    except ImportError as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}") from error

@@ -81,7 +81,9 @@ class DensityPrune(Scheme):
         """Zero what falls below the threshold of its pool; exact counts, ties cut in order."""
         changed = {}
         for pool in self.pools(targets):
-            scores = [self._finite_score(t, theta[t.name]) for t in pool.targets]
+            for target in pool.targets:
+                require_finite(target.name, theta[target.name].codes)
+            scores = [self.score(t, theta[t.name].codes) for t in pool.targets]
             for target, keep in zip(pool.targets, self._keep(pool, scores), strict=True):
                 encoded = theta[target.name]
                 mask = self.expand(target, keep, encoded.codes.shape)
@@ -95,17 +97,12 @@ class DensityPrune(Scheme):
         """Encodings of parameters that go with a tensor's groups, such as biases."""
         return {}
 
-    def _finite_score(self, target: Target, encoded: Encoded) -> Tensor:
-        score = self.score(target, encoded.codes)
-        require_finite(target.name, score)
-        return score
-
     def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
         sizes = [s.numel() for s in scores]
         floors = [min(self.min_per_layer, n) for n in sizes]
         k = _kept(pool, sum(sizes), sum(floors), self.min_per_layer)
         keep: list[Tensor] = topk_masks(scores, k)
-        poor = [i for i, m in enumerate(keep) if int(m.sum()) < floors[i]]
+        poor = [i for i, m in enumerate(keep) if int(m.count_nonzero()) < floors[i]]
         fixed: set[int] = set()
         while poor:
             # A tensor below its floor keeps exactly its floor; the others share what is left,
@@ -117,7 +114,7 @@ class DensityPrune(Scheme):
             left = k - sum(floors[i] for i in fixed)
             for i, mask in zip(free, topk_masks([scores[i] for i in free], left), strict=True):
                 keep[i] = mask
-            poor = [i for i in free if int(keep[i].sum()) < floors[i]]
+            poor = [i for i in free if int(keep[i].count_nonzero()) < floors[i]]
         return keep
 
     def pools(self, targets: Sequence[Target]) -> Iterator[Pool]:
@@ -153,9 +150,10 @@ class DensityPrune(Scheme):
 
     def structure(self, targets: Sequence[Target]) -> object:
         """The count that each pool keeps: densities that round to the same count are the same."""
-        return tuple(
+        counts = tuple(
             (tuple(t.name for t in pool.targets), self._count(pool)) for pool in self.pools(targets)
         )
+        return replace(self, density=1.0, overrides={}), counts
 
     def _count(self, pool: Pool) -> int:
         sizes = [self._groups_of(t) for t in pool.targets]
@@ -181,9 +179,11 @@ class DensityPrune(Scheme):
 
     def at(self: P, values: Mapping[str, Any]) -> P:
         """The scheme with values for some dimensions."""
+        self.check_dimensions(values)
         overrides = {p: values.get(f"density[{p}]", d) for p, d in self.overrides.items()}
-        own = {n: v for n, v in values.items() if n.partition("[")[2][:-1] not in overrides}
-        return replace(super().at(own), overrides=overrides)
+        fields = super().space()
+        own = {n: v for n, v in values.items() if n in fields}
+        return replace(self, **own, overrides=overrides)
 
 
 @dataclass(frozen=True)

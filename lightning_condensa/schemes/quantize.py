@@ -58,8 +58,6 @@ class Quantize(Scheme):
         return {t.name: self._quantize(t, theta[t.name]) for t in targets}
 
     def _quantize(self, target: Target, encoded: Encoded) -> Encoded:
-        if encoded.is_quantized:
-            raise ValueError(f"{target.name} is quantized twice: exclude it from one Quantize")
         require_finite(target.name, encoded.codes)
         assert isinstance(self.dtype, str)
         if self.dtype in FLOATS:

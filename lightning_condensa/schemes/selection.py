@@ -125,6 +125,8 @@ def _judge(
             reason: str | None = None
             if bases.isdisjoint(types):
                 reason = f"layer type {type(layer).__name__} is not selected"
+            elif local.rpartition(".")[2].startswith("bias"):  # MultiheadAttention.bias_k has 3
+                reason = "a bias"
             elif parameter.dim() < 2:
                 reason = "not a weight matrix (fewer than two dimensions)"
             elif not parameter.is_floating_point():

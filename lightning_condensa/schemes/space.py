@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 
@@ -27,7 +28,10 @@ class Range:
     log: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        numbers = all(
+            isinstance(v, int | float) and math.isfinite(v) for v in (self.low, self.high)
+        )
+        if not numbers or not self.low < self.high:
             raise ValueError(
                 f"Range needs finite low < high, got low={self.low!r}, high={self.high!r}"
             )
@@ -58,11 +62,12 @@ class Choice:
     options: Sequence[Any]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "options", tuple(self.options))
-        if len(set(self.options)) < 2 or len(set(self.options)) != len(self.options):
-            raise ValueError(
-                f"Choice needs at least two options, all different, got {self.options!r}"
-            )
+        given = self.options
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise ValueError(f"Choice needs a list of options, got {given!r}")
+        if len(given) < 2 or any(a == b for a, b in combinations(given, 2)):
+            raise ValueError(f"Choice needs at least two options, all different, got {given!r}")
+        object.__setattr__(self, "options", tuple(given))
 
 
 Dimension = Range | Choice

@@ -50,7 +50,15 @@ class GroupPrune(DensityPrune):
         rows, sizes = self.grouping(target).split(weight)
         if rows.is_meta:  # only counted: a criterion may branch on values
             return rows[:, 0]
-        return get_criterion(self.criterion)(rows.abs(), sizes)
+        # In float32 at least: sums of squares of finite halves overflow, and round into ties.
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        score = get_criterion(self.criterion)(rows.abs().to(wide), sizes.to(wide))
+        if score.shape != sizes.shape[:1] or bool(score.isnan().any()):
+            raise ValueError(
+                f"criterion {self.criterion!r} must return {len(sizes)} scores that are not NaN "
+                f"for {target.name}, got shape {tuple(score.shape)}"
+            )
+        return score
 
     def expand(self, target: Target, keep: Tensor, shape: torch.Size) -> Tensor:
         """Repeat each group's verdict over its elements."""
@@ -60,7 +68,7 @@ class GroupPrune(DensityPrune):
         keep = super()._keep(pool, scores)
         if self.align == 1:
             return keep
-        return [self._aligned(s, int(m.sum())) for s, m in zip(scores, keep, strict=True)]
+        return [self._aligned(s, int(m.count_nonzero())) for s, m in zip(scores, keep, strict=True)]
 
     def _aligned(self, score: Tensor, count: int) -> Tensor:
         multiple = max(round(count / self.align), 1) * self.align
@@ -115,9 +123,11 @@ class BlockPrune(GroupPrune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "block_size", tuple(self.block_size))
-        if not self.block_size or any(not isinstance(b, int) or b < 1 for b in self.block_size):
-            raise ValueError(f"block_size must hold ints >= 1, got {self.block_size!r}")
+        given = self.block_size
+        valid = isinstance(given, Sequence) and all(isinstance(b, int) and b >= 1 for b in given)
+        if not valid or not given:
+            raise ValueError(f"block_size must hold ints >= 1, got {given!r}")
+        object.__setattr__(self, "block_size", tuple(given))
 
     def grouping(self, target: Target) -> Grouping:
         """Blocks of ``block_size``."""
