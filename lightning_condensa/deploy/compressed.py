@@ -47,7 +47,7 @@ class CompressedModel:
             >>> int(torch.count_nonzero(compressed.module.weight))
             20
         """
-        copy = detached_copy(module)
+        copy = deepcopy(module)
         theta = scheme.bind(copy).pi(dict(copy.named_parameters()))
         load_theta(copy, theta)
         return cls(copy, theta, scheme)
@@ -155,12 +155,6 @@ def _state_dict(packed: Packed) -> dict[str, Tensor]:
     state.update(packed.rest)
     state.update({alias: state[name] for alias, name in packed.aliases.items()})
     return state
-
-
-def detached_copy(module: M) -> M:
-    """A deep copy without the Trainer, which a LightningModule keeps a reference to."""
-    trainer = getattr(module, "_trainer", None)
-    return deepcopy(module, {} if trainer is None else {id(trainer): None})
 
 
 @torch.no_grad()

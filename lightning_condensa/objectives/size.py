@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_condensa.deploy import CompressedModel
-from lightning_condensa.deploy.compressed import detached_copy
 from lightning_condensa.objectives.base import Objective, example_of
 
 
@@ -85,7 +85,7 @@ class FLOPs(Objective):
         """Dense and effective operations."""
         module = compressed.module
         inputs = example_of(module, self.example, self.name)
-        meta = detached_copy(module).to("meta").eval()
+        meta = deepcopy(module).to("meta").eval()
         counter = _Counter(module, meta)
         with counter, torch.no_grad():
             meta(*(i.to("meta") if isinstance(i, Tensor) else i for i in inputs))

@@ -7,7 +7,6 @@ written to YAML. Bound to a module (:meth:`Scheme.bind`) it becomes a pair of pu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -18,7 +17,14 @@ from torch import Tensor, nn
 
 from lightning_condensa.schemes.config import changed_fields, decode, encode
 from lightning_condensa.schemes.encoded import Encoded
-from lightning_condensa.schemes.selection import WEIGHT_TYPES, Skipped, Target, select, skipped
+from lightning_condensa.schemes.selection import (
+    WEIGHT_TYPES,
+    Skipped,
+    Target,
+    check_pattern,
+    select,
+    skipped,
+)
 from lightning_condensa.schemes.space import Dimension, is_dimension
 
 S = TypeVar("S", bound="Scheme")
@@ -145,18 +151,10 @@ class Scheme:
                 "give values with scheme.at(...), or search them with CondensaSearch"
             )
         stages = []
-        quantized: set[str] = set()
         for stage in self.stages:
             targets = tuple(stage.select(module))
             stage.check(targets)
             stages.append((stage, targets))
-            if stage.order == QUANTIZE:
-                if twice := sorted(quantized.intersection(t.name for t in targets)):
-                    raise ValueError(
-                        f"{', '.join(twice)} would be quantized twice: "
-                        "select different weights with include= or exclude="
-                    )
-                quantized.update(t.name for t in targets)
         order = [name for name, _ in module.named_parameters()]
         used = {name for stage, targets in stages for name in stage.names(targets)}
         return BoundScheme(self, tuple(stages), tuple(n for n in order if n in used))
@@ -304,13 +302,3 @@ def require_finite(name: str, tensor: Tensor) -> None:
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     if not bool(total.isfinite()) and not bool(tensor.isfinite().all()):
         raise NotFiniteError(f"{name} holds values that are not finite: training has diverged")
-
-
-def check_pattern(argument: str, pattern: str) -> None:
-    """Raise ``ValueError`` unless ``pattern`` is a regular expression."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"{argument} must hold regular expressions, got {pattern!r} ({error})"
-        ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_condensa.schemes.base import Scheme
+from lightning_condensa.schemes.base import QUANTIZE, BoundScheme, Scheme
 from lightning_condensa.schemes.selection import Skipped
 from lightning_condensa.schemes.space import Dimension
 
@@ -57,6 +57,21 @@ class Compose(Scheme):
     def stages(self) -> tuple[Scheme, ...]:
         """The schemes."""
         return tuple(self.schemes)
+
+    def bind(self, module: nn.Module) -> BoundScheme:
+        """Resolve every stage against a module.
+
+        Raises:
+            ValueError: As for a single scheme, and if two stages quantize the same weight.
+        """
+        bound = super().bind(module)
+        uses = Counter(t.name for s, ts in bound.stages if s.order == QUANTIZE for t in ts)
+        if twice := [name for name, count in uses.items() if count > 1]:
+            raise ValueError(
+                f"{', '.join(twice)} would be quantized twice: "
+                "select different weights with include= or exclude="
+            )
+        return bound
 
     def skipped(self, module: nn.Module) -> list[Skipped]:
         """The parameters that no stage compresses, with the reasons of each."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.functional.topk import topk_masks
-from lightning_condensa.schemes.base import PRUNE, Scheme, check_pattern, require_finite
+from lightning_condensa.schemes.base import PRUNE, Scheme, require_finite
 from lightning_condensa.schemes.encoded import Encoded
-from lightning_condensa.schemes.selection import SelectionError, Target
+from lightning_condensa.schemes.selection import SelectionError, Target, check_pattern
 from lightning_condensa.schemes.space import Choice, Dimension, Range, is_dimension
 
 P = TypeVar("P", bound="DensityPrune")

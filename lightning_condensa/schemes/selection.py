@@ -108,6 +108,16 @@ def skipped(
     return [Skipped(t.name, reason) for t, reason in judged if reason is not None]
 
 
+def check_pattern(argument: str, pattern: str) -> None:
+    """Raise ``ValueError`` unless ``pattern`` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{argument} must hold regular expressions, got {pattern!r} ({error})"
+        ) from error
+
+
 def _judge(
     module: nn.Module, types: Sequence[str], include: Sequence[str], exclude: Sequence[str]
 ) -> Iterator[tuple[Target, str | None]]:

@@ -359,6 +359,14 @@ def test_weights_that_are_not_finite(scheme: Scheme, value: float) -> None:
         pi(scheme, layer)
 
 
+def test_a_later_prune_revives_nothing() -> None:
+    module = filled(linears(10, 10))
+    theta = pi(Compose([Prune(0.2), NMPrune(1, 2), Prune(0.9)]), module)["0.weight"]
+    first = pi(Prune(0.2), module)["0.weight"]
+    assert not torch.any(theta.mask & ~first.mask)
+    assert torch.all(theta.codes[~theta.mask] == 0)
+
+
 def test_storage_bits() -> None:
     layer = filled(nn.Linear(10, 4))
 
