@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+# Small tensors: more threads would only wait for each other, and for those of other workers.
+torch.set_num_threads(1)
+
 FEATURES, CLASSES = 8, 3
 BATCH, BATCHES = 16, 6
 

@@ -34,15 +34,6 @@ from lightning_condensa import (
 )
 from lightning_condensa.search import SearchResult
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # With a drop of 0.5 per unit of u below the cliff, a tolerance of 0.05 is used up here.
 EDGE = CLIFF * math.exp(-0.1)
 
