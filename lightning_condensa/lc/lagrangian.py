@@ -96,28 +96,31 @@ class Lagrangian:
         weights: Mapping[str, Tensor],
         bound: BoundScheme,
         next_mu: float,
-        multipliers: bool = True,
+        dual_step: float = 1.0,
         untrained: Collection[str] = (),
     ) -> None:
-        """θ ← Π(w − λ/μ); λ ← λ − μ(w − Δ(θ)); μ ← ``next_mu``.
+        """θ ← Π(w − λ/μ); λ ← λ − s·μ(w − Δ(θ)); μ ← ``next_mu``.
 
         Args:
             weights: The network's parameters.
             bound: The scheme to project onto.
             next_mu: Penalty weight of the coming L-step.
-            multipliers: Whether λ is kept; without it this is the quadratic penalty method.
+            dual_step: The step length s in [0, 1]: 1 is the method of multipliers after a solved
+                L-step, 0 the quadratic penalty method.
             untrained: Parameters that the L-step cannot move. Their λ stays zero: it would only
                 wind up, and pull their θ away from w.
         """
         shifted = self.shifted(weights)
-        self.theta = bound.pi(shifted)
-        for name, encoded in self.theta.items():
+        theta = bound.pi(shifted)
+        for name, encoded in theta.items():
             decoded = encoded.decode()
             anchor = next_mu * decoded
-            if multipliers and self.mu > 0 and name not in untrained:
-                # λ − μ(w − Δ(θ)) is −μ(shifted − Δ(θ)): the old λ is inside `shifted`.
-                anchor -= self.mu * (shifted[name] - decoded)
+            if self.mu > 0 and name not in untrained:
+                # λ = μ(w − shifted), so λ − sμ(w − Δ(θ)) is μ((1 − s)w − shifted + sΔ(θ)).
+                dual = weights[name].detach().lerp(decoded, dual_step) - shifted[name]
+                anchor += self.mu * dual
             self._anchor[name] = anchor
+        self.theta = theta
         self.mu = next_mu
 
     def set_mu(self, mu: float) -> None:

@@ -179,7 +179,7 @@ class LCRun:
                 self.parameters,
                 bound,
                 self._mu(index),
-                self.plan.multipliers,
+                self.plan.dual_step[index],
                 self._untrained(optimizers),
             )
             if self.plan.reset_optimizer:

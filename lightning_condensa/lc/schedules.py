@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 
@@ -23,7 +24,7 @@ class Plan:
         mu: μ of the L-step after each C-step, in units of the base that the run starts from:
             1 where ``mu`` is absolute, the optimizer's measured rate otherwise.
         absolute_mu: Whether :attr:`mu` is absolute.
-        multipliers: Whether λ is updated.
+        dual_step: Step length of λ at each C-step, in [0, 1].
         reset_optimizer: Whether the optimizer's state is forgotten at each C-step.
         finetune_from: Optimizer steps after which only the support is trained.
         learning_rate: Learning rate by optimizer step, or ``None``: the user's own.
@@ -33,7 +34,7 @@ class Plan:
     progress: tuple[float, ...]
     mu: tuple[float, ...]
     absolute_mu: bool
-    multipliers: bool
+    dual_step: tuple[float, ...]
     reset_optimizer: bool
     finetune_from: int
     learning_rate: Callable[[int], float] | None = None
@@ -73,7 +74,8 @@ class LCSchedule(Schedule):
         ramp: Share of the L-C phase over which the density falls, cubically (Zhu & Gupta,
             arXiv:1710.01878), from dense to the scheme's.
         finetune: Share of all steps for fine-tuning on the final support.
-        multipliers: Whether λ is used; without it this is the quadratic penalty method.
+        multipliers: Whether λ is used, with a step as long as an L-step can follow; without it
+            this is the quadratic penalty method.
         reset_optimizer: Whether the optimizer's state is forgotten at each C-step.
     """
 
@@ -111,17 +113,30 @@ class LCSchedule(Schedule):
         l_steps = len(c_steps) - 1
         ramp_steps = self.ramp * l_steps
         growth = (self.rate_end / self.rate_start) ** (1 / max(l_steps - 1, 1))
+        rates = tuple(self.rate_start * growth**i for i in range(l_steps + 1))
         return Plan(
             c_steps=c_steps,
             progress=tuple(
                 1 - (1 - i / ramp_steps) ** 3 if i < ramp_steps else 1.0 for i in range(l_steps + 1)
             ),
-            mu=tuple(self.rate_start * growth**i for i in range(l_steps + 1)),
+            mu=rates,
             absolute_mu=False,
-            multipliers=self.multipliers,
+            dual_step=self._dual_steps(c_steps, rates),
             reset_optimizer=self.reset_optimizer,
             finetune_from=finetune_from,
         )
+
+    def _dual_steps(self, c_steps: tuple[int, ...], rates: tuple[float, ...]) -> tuple[float, ...]:
+        """The share of the gap that each L-step can close: λ counts no more of what is left.
+
+        A full step presumes a solved L-step. After a few iterations most of the gap is still
+        there because there was no time, and λ would wind up on it.
+        """
+        if not self.multipliers:
+            return (0.0,) * len(c_steps)
+        lengths = (b - a for a, b in pairwise(c_steps))
+        steps = (1 - (1 - min(r, 1.0)) ** n for r, n in zip(rates, lengths, strict=False))
+        return (0.0, *steps)
 
     def _c_steps(self, last: int, steps_per_epoch: int | None) -> tuple[int, ...]:
         interval = self.every_n_steps
@@ -210,7 +225,7 @@ class PaperSchedule(Schedule):
             progress=(1.0,) * self.steps,
             mu=tuple(mu),
             absolute_mu=True,
-            multipliers=True,
+            dual_step=(1.0,) * self.steps,
             reset_optimizer=True,
             finetune_from=total_steps,
             learning_rate=None if self.lr is None else self._learning_rate(c_steps),

@@ -172,7 +172,8 @@ def test_paper_schedule_is_the_published_one(
     plan = schedule.plan(len(lrs))
     assert list(plan.c_steps) == c_steps
     assert set(plan.progress) == {1.0}
-    assert plan.absolute_mu and plan.multipliers and plan.reset_optimizer
+    assert plan.absolute_mu and plan.reset_optimizer
+    assert plan.dual_step == (1.0,) * len(plan.c_steps)
     assert plan.finetune_from == len(lrs)
     assert plan.learning_rate is not None
     assert [plan.learning_rate(i) for i in range(len(lrs))] == pytest.approx(lrs)
@@ -254,3 +255,11 @@ def test_presets() -> None:
         make_schedule("fast", None)
     with pytest.raises(ValueError, match=r"'default' has no \['steps'\]; it has .*'l_steps'"):
         make_schedule("default", {"steps": 3})
+
+
+def test_the_dual_step_is_what_an_l_step_can_close() -> None:
+    plan = LCSchedule(every_n_steps=10, rate_start=0.05, rate_end=0.05, finetune=0.0).plan(100)
+    assert plan.dual_step == pytest.approx((0.0, *[1 - 0.95**10] * 10))
+    assert not any(LCSchedule(multipliers=False).plan(100).dual_step)
+    long = LCSchedule(l_steps=2, rate_start=0.5, rate_end=2.0).plan(1000)
+    assert long.dual_step == pytest.approx((0.0, 1.0, 1.0))
