@@ -43,11 +43,6 @@ class Encoded:
         return self.replace(**moved)
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether the codes are of another type than the weight."""
-        return self.codes.dtype != self.dtype or self.scale is not None
-
-    @property
     def value_bits(self) -> int:
         """Bits of one stored value."""
         return dtype_bits(self.codes.dtype)
