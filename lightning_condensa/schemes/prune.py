@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
@@ -31,7 +31,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class DensityPrune(Scheme):
+class DensityPrune(Scheme, ABC):
     """Keep the ``round(density × N)`` largest of N elements or groups; base of the pruners.
 
     Attributes:
