@@ -1,6 +1,11 @@
 """Model compression for PyTorch Lightning."""
 
-from lightning_condensa.callbacks import CondensaCallback, DirectCompression, MaskedFineTune
+from lightning_condensa.callbacks import (
+    CondensaCallback,
+    DirectCompression,
+    Distillation,
+    MaskedFineTune,
+)
 from lightning_condensa.deploy import CompressedModel, PackedFileError, load_compressed
 from lightning_condensa.objectives import (
     FileSize,
@@ -33,6 +38,7 @@ __all__ = [
     "CondensaCallback",
     "CondensaSearch",
     "DirectCompression",
+    "Distillation",
     "FLOPs",
     "FileSize",
     "FilterPrune",

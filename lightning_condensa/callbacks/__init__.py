@@ -2,6 +2,7 @@
 
 from lightning_condensa.callbacks.condensa import CondensaCallback
 from lightning_condensa.callbacks.direct import DirectCompression
+from lightning_condensa.callbacks.distillation import Distillation
 from lightning_condensa.callbacks.masked_finetune import MaskedFineTune
 
-__all__ = ["CondensaCallback", "DirectCompression", "MaskedFineTune"]
+__all__ = ["CondensaCallback", "DirectCompression", "Distillation", "MaskedFineTune"]
