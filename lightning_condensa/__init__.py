@@ -5,6 +5,8 @@ from lightning_condensa.callbacks import (
     DirectCompression,
     Distillation,
     MaskedFineTune,
+    compress_ladder,
+    geometric_densities,
 )
 from lightning_condensa.deploy import CompressedModel, PackedFileError, load_compressed
 from lightning_condensa.objectives import (
@@ -55,5 +57,7 @@ __all__ = [
     "Scheme",
     "Throughput",
     "__version__",
+    "compress_ladder",
+    "geometric_densities",
     "load_compressed",
 ]

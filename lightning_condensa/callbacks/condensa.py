@@ -10,23 +10,30 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_condensa.callbacks.averaging import is_averaged, move_behind_averaging
 from lightning_condensa.callbacks.checks import (
     as_scheme,
+    check_inference_mode,
     check_optimizers,
+    check_plan,
+    check_strategy,
     check_trainer,
+    check_unchanged,
     scheme_text,
 )
+from lightning_condensa.callbacks.deployment import Deployment, load_training_weights
+from lightning_condensa.callbacks.horizon import planned_steps, steps_per_epoch, trains
 from lightning_condensa.callbacks.logs import log_c_step, log_summary, show_progress
-from lightning_condensa.callbacks.snapshot import Snapshot
-from lightning_condensa.callbacks.swap import WeightSwap
+from lightning_condensa.callbacks.sharded import gathered
+from lightning_condensa.callbacks.snapshot import Snapshot, measured
 from lightning_condensa.deploy import CompressedModel, Report
+from lightning_condensa.functional.placement import reshard
 from lightning_condensa.lc import LCRun, Schedule, make_schedule
+from lightning_condensa.lc.arguments import check_int
 from lightning_condensa.schemes import BoundScheme, Scheme
-from lightning_condensa.schemes.base import PRUNE
-
-_CHECKPOINT_KEY = "condensa_training_weights"
 
 
 class CondensaCallback(Callback):
@@ -39,6 +46,12 @@ class CondensaCallback(Callback):
     they load into the plain module, and the training weights beside it, so that ``fit`` resumes
     bit for bit.
 
+    With ``ModelParallelStrategy`` (FSDP2, tensor parallelism) all of it stays sharded like the
+    parameters; for a checkpoint training weights and buffers are gathered in the CPU memory of the
+    first process. It needs ``Trainer(inference_mode=False)``, and whatever ``compressed`` counts or
+    saves is a collective call, which every process has to make. ``FSDPStrategy`` and
+    ``DeepSpeedStrategy`` are refused.
+
     Memory: two buffers per compressed parameter (θ and ``μΔ(θ) + λ``), a third one during a
     C-step and during validation, and with ``monitor`` a copy of the best model on the CPU.
 
@@ -50,6 +63,9 @@ class CondensaCallback(Callback):
         monitor: A metric that the module logs in validation; the best θ by it is kept. Without
             one, the last θ.
         mode: Whether more (``"max"``) or less (``"min"``) of ``monitor`` is better.
+        bn_batches: Training batches, the last ones of an epoch, to estimate the running statistics
+            of batch norm layers from where θ is far from the training weights: these have
+            statistics of their own. 0 switches it off.
 
     Raises:
         ValueError: If an argument is out of range; at the start of ``fit``, if the scheme does
@@ -68,22 +84,26 @@ class CondensaCallback(Callback):
         schedule: Schedule | Mapping[str, Any] | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
+        bn_batches: int = 4,
     ) -> None:
+        check_int("bn_batches", bn_batches, 0)
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         self.scheme = as_scheme(scheme)
         self.schedule = make_schedule(preset, schedule)
         self.monitor = monitor
         self.mode = mode
+        self.bn_batches = bn_batches
         self._bound: BoundScheme | None = None
-        self._swap = WeightSwap({})
+        self._parameters: dict[str, Tensor] = {}
+        self._deployment: Deployment | None = None
         self._run: LCRun | None = None
         self._best: Snapshot | None = None
-        self._start = 0  # trainer.global_step when this run began
+        self._start = {"epoch": 0, "step": 0}  # the Trainer's counters when this run began
         self._seen_global_step = 0
         self._restored: dict[str, Any] | None = None
         self._compressed: CompressedModel | None = None
-        self._gaps: dict[str, float] = {}
+        self._report: Report | None = None
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -99,60 +119,79 @@ class CondensaCallback(Callback):
         return self._compressed
 
     def report(self) -> Report:
-        """Per-layer density, bits, bytes, gap, and why the other parameters were left alone."""
-        return self.compressed.report(gaps=self._gaps)
+        """Per-layer density, bits, bytes, gap, and why the other parameters were left alone.
+
+        Raises:
+            RuntimeError: Before the end of ``fit``.
+        """
+        if self._report is None:
+            raise RuntimeError("there is no report yet: run trainer.fit first")
+        return self._report
 
     # -- fit -------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the state of a checkpoint that was loaded before, by ``trainer.test`` say."""
         self._restored = None
+        move_behind_averaging(trainer, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the scheme against the module, before any training."""
+        check_strategy(trainer)
+        reshard(pl_module)
         self._bound = self.scheme.bind(pl_module)
         named = dict(pl_module.named_parameters())
-        self._swap = WeightSwap({name: named[name] for name in self._bound.names})
-        self._compressed = self._run = None
+        self._parameters = {name: named[name] for name in self._bound.names}
+        self._run = None
         check_trainer(trainer, self.monitor)
+        self._deployment = Deployment(trainer, pl_module, self._parameters, self.bn_batches)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan the run and make the first C-step, or take up a run that was interrupted."""
-        assert self._bound is not None
+        assert self._bound is not None and self._deployment is not None
+        reshard(pl_module)
         check_optimizers(trainer, pl_module)
         restored, self._restored = self._restored, None
+        self._compressed = self._report = None
         self._seen_global_step = trainer.global_step
-        self._start = trainer.global_step if restored is None else restored["start"]
-        prunes = any(stage.order == PRUNE for stage, _ in self._bound.stages)
-        plan = self.schedule.plan(self._planned_steps(trainer), prunes, _steps_per_epoch(trainer))
-        self._run = LCRun(self._bound, plan, self._swap.parameters)
+        now = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        self._start = now if restored is None else restored["start"]
+        steps = planned_steps(trainer, pl_module, self._start["epoch"], self._start["step"])
+        plan = self.schedule.plan(
+            steps,
+            prunes=self._bound.prunes,
+            projects=self._bound.projects,
+            steps_per_epoch=steps_per_epoch(trainer),
+        )
+        check_plan(plan, averaged=is_averaged(trainer))
+        self._run = LCRun(self._bound, plan, self._parameters)
         if restored is None:
             self._best = None
-            log_c_step(trainer, self._run.start())
+            log_c_step(trainer, self._run.start(), self._run.plan)
         else:
             self._run.load_state_dict(restored["run"])
-            best = restored["best"]
-            self._best = None if best is None else Snapshot.from_state(best)
-
-    def _planned_steps(self, trainer: pl.Trainer) -> int:
-        total = trainer.estimated_stepping_batches
-        if not math.isfinite(total) or total - self._start < 1:
-            raise ValueError(
-                "CondensaCallback must know how many optimizer steps are to come: set max_epochs "
-                f"or max_steps on the Trainer (it expects {total}, {self._start} are done)"
-            )
-        return int(total) - self._start
+            best, module = restored["best"], self._deployment.module
+            self._best = None if best is None else Snapshot.from_state(best, module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set the learning rate where the schedule has one."""
-        assert self._run is not None
+        """Set the learning rate where the schedule has one, and keep the inputs of the batch."""
+        assert self._run is not None and self._bound is not None and self._deployment is not None
+        settled = self._run.finetuning and not self._bound.projects and not is_averaged(trainer)
+        self._deployment.statistics.open(batch_idx, needed=not settled)
         if self._run.plan.learning_rate is not None:
             lr = self._run.plan.learning_rate(self._run.step)
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Look away: activation checkpointing calls parts of the module again."""
+        assert self._deployment is not None
+        self._deployment.statistics.close()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -174,36 +213,44 @@ class CondensaCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Count optimizer steps; make the C-steps that are due."""
-        assert self._run is not None
-        if trainer.global_step == self._seen_global_step:  # accumulating
+        assert self._run is not None and self._deployment is not None
+        self._deployment.statistics.close()
+        accumulating = trainer.global_step == self._seen_global_step
+        if (accumulating and pl_module.automatic_optimization) or not trains(trainer, pl_module):
             return
         self._seen_global_step = trainer.global_step
+        reshard(pl_module)
         c_step = self._run.after_step(trainer.optimizers)
         if c_step is not None:
-            log_c_step(trainer, c_step)
+            check_unchanged(pl_module, self.scheme, self._parameters)
+            log_c_step(trainer, c_step, self._run.plan)
             show_progress(pl_module, c_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave θ in the module: the best by ``monitor``, else the last."""
-        run = self._run
-        assert run is not None
-        if run.step < run.plan.c_steps[-1]:
+        run, deployment = self._run, self._deployment
+        assert run is not None and deployment is not None
+        if run.step < run.plan.l_end:
             rank_zero_warn(
                 f"training stopped after {run.step} optimizer steps, in the L-C phase, "
-                f"which was to last {run.plan.c_steps[-1]}: θ is the projection as it stands"
+                f"which was to last {run.plan.l_end}: θ is the projection as it stands"
             )
+        reshard(pl_module)
+        check_unchanged(pl_module, self.scheme, self._parameters)
         theta = run.finish()
-        self._gaps = run.gaps if run.finetuning else run.relative_gaps(theta)
+        gaps = run.gaps or run.relative_gaps(theta)
         metrics = {}
         if self.monitor is not None and self._best is None:
             rank_zero_warn(f"monitor={self.monitor!r} was never measured: the last θ is kept")
+        stale = self._best is None and deployment.statistics.stale(run, theta)
         if self._best is not None:
             device = pl_module.device
             theta = {name: encoded.to(device) for name, encoded in self._best.theta.items()}
             pl_module.load_state_dict(self._best.rest, strict=False)
             metrics = {str(self.monitor): self._best.score}
-        self._swap.copy({name: encoded.decode() for name, encoded in theta.items()})
+        deployment.finish(trainer, pl_module, theta, stale)
         self._compressed = CompressedModel(pl_module, theta, self.scheme)
+        self._report = self._compressed.report(gaps)
         self._run = None
         log_summary(trainer, self._compressed, self.scheme, metrics)
 
@@ -211,43 +258,35 @@ class CondensaCallback(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put θ into the module."""
+        check_inference_mode(self._parameters)
         if self._run is not None and trainer.state.fn == TrainerFn.FITTING:
-            theta = self._run.project(self._swap.training_weights)
-            self._swap.swap_in({name: encoded.decode() for name, encoded in theta.items()})
+            assert self._deployment is not None
+            reshard(pl_module)
+            check_unchanged(pl_module, self.scheme, self._parameters)
+            self._deployment.begin(trainer, self._run)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep θ if it is the best so far, and put the training weights back."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if trainer.sanity_checking:
-            if self.monitor is not None:  # find a misspelt name before any training
-                self._monitored(trainer, self.monitor)
-            return
+        # In the sanity check, too: a misspelt name is found before any training.
+        score = None if self.monitor is None else measured(trainer, self.monitor)
         if self._run is None:
             return
-        if self.monitor is not None:
-            score = self._monitored(trainer, self.monitor)
-            beaten = self._best is not None and self._best.beats(score, self.mode)
-            if math.isfinite(score) and not beaten:
-                theta = self._run.project(self._swap.training_weights)
-                self._best = Snapshot.take(score, self._run.step, theta, pl_module)
-        self._swap.swap_out()
-
-    @staticmethod
-    def _monitored(trainer: pl.Trainer, monitor: str) -> float:
-        if monitor not in trainer.callback_metrics:
-            raise ValueError(
-                f"monitor={monitor!r} is not logged by the module; "
-                f"it logs {sorted(trainer.callback_metrics)}"
-            )
-        # The mean over all ranks, so that they agree on the best θ.
-        return float(trainer.strategy.reduce(trainer.callback_metrics[monitor], reduce_op="mean"))
+        assert self._deployment is not None
+        beaten = score is not None and self._best is not None and self._best.beats(score, self.mode)
+        if score is not None and math.isfinite(score) and not beaten:
+            theta, module = self._deployment.theta(self._run), self._deployment.module
+            self._best = Snapshot.take(score, self._run.step, theta, module)
+        self._deployment.end()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Put the training weights back if validation was interrupted."""
-        self._swap.swap_out()
+        if self._deployment is not None:
+            self._deployment.statistics.clear()
+            self._deployment.end()
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -255,20 +294,15 @@ class CondensaCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """θ in ``state_dict``, the training weights under a key of their own."""
-        if self._run is None:
-            return
-        weights = self._swap.training_weights
-        checkpoint[_CHECKPOINT_KEY] = {n: w.detach().clone() for n, w in weights.items()}
-        theta = self._run.project(weights)
-        decoded = {name: encoded.decode() for name, encoded in theta.items()}
-        self._swap.overwrite(checkpoint["state_dict"], pl_module, decoded)
+        if self._run is not None and self._deployment is not None:
+            self._deployment.save(trainer, self._run, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Go on from the training weights; every other use of the checkpoint gets θ."""
-        if trainer.state.fn == TrainerFn.FITTING and _CHECKPOINT_KEY in checkpoint:
-            pl_module.load_state_dict(checkpoint[_CHECKPOINT_KEY], strict=False)
+        if trainer.state.fn == TrainerFn.FITTING:
+            load_training_weights(trainer, pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-identical continuation needs, except the training weights."""
@@ -277,8 +311,8 @@ class CondensaCallback(Callback):
         return {
             "scheme": scheme_text(self.scheme),
             "start": self._start,
-            "run": self._run.state_dict(),
-            "best": None if self._best is None else self._best.state_dict(),
+            "run": gathered(self._run.state_dict()),
+            "best": None if self._best is None else gathered(self._best.state_dict()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,11 +329,3 @@ class CondensaCallback(Callback):
                 f"the checkpoint belongs to another scheme: {other}, this callback has {own}"
             )
         self._restored = state_dict
-
-
-def _steps_per_epoch(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps in an epoch; ``None`` where an iterable data set does not tell."""
-    batches = trainer.num_training_batches
-    if not math.isfinite(batches):
-        return None
-    return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)

@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Callback
 
 from lightning_condensa.callbacks.checks import as_scheme
 from lightning_condensa.deploy import CompressedModel, Report, load_theta
+from lightning_condensa.functional.placement import reshard
 from lightning_condensa.schemes import Scheme
 
 
@@ -55,6 +56,7 @@ class DirectCompression(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put Δ(Π(w)) into the module."""
+        reshard(pl_module)
         theta = self.scheme.bind(pl_module).pi(dict(pl_module.named_parameters()))
         load_theta(pl_module, theta)
         self._compressed = CompressedModel(pl_module, theta, self.scheme)

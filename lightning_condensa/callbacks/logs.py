@@ -11,15 +11,15 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_condensa.deploy import CompressedModel
-from lightning_condensa.lc import CStep
+from lightning_condensa.lc import CStep, Plan
 from lightning_condensa.schemes import Encoded, Scheme
 
 
-def log_c_step(trainer: pl.Trainer, c_step: CStep) -> None:
+def log_c_step(trainer: pl.Trainer, c_step: CStep, plan: Plan) -> None:
     """Scalars of one C-step to every logger."""
     scalars = {
         "condensa/density": total_density(c_step.theta),
-        "condensa/mu": c_step.mu,
+        f"condensa/{'rate' if plan.proximal else 'mu'}": c_step.strength,
         "condensa/gap": c_step.gap,
         "condensa/value_bytes": sum(e.storage_bits for e in c_step.theta.values()) / 8,
         "condensa/c_step_seconds": c_step.seconds,

@@ -9,6 +9,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_condensa.callbacks.sharded import gathered, placed_like
+from lightning_condensa.functional.placement import reshard
 from lightning_condensa.lc import Support
 from lightning_condensa.schemes.selection import WEIGHT_TYPES, select
 
@@ -37,12 +39,13 @@ class MaskedFineTune(Callback):
         """Forget the state of a checkpoint that was loaded before, by ``trainer.test`` say."""
         self._masks = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where the zeros are.
 
         Raises:
             ValueError: If there are none.
         """
+        reshard(pl_module)
         targets = select(pl_module, WEIGHT_TYPES)
         names = [t.name for t in targets]
         if self.biases:
@@ -51,7 +54,8 @@ class MaskedFineTune(Callback):
         if self._masks is None:
             support = Support.nonzero({n: named[n] for n in names})
         else:
-            support = Support({n: m.to(named[n].device) for n, m in self._masks.items()})
+            masks = placed_like(self._masks, named)
+            support = Support({n: m.to(named[n].device) for n, m in masks.items()})
             self._masks = None
         if not support.masks:
             raise ValueError(
@@ -82,7 +86,7 @@ class MaskedFineTune(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The masks."""
-        return {} if self._support is None else {"masks": self._support.masks}
+        return {} if self._support is None else {"masks": gathered(self._support.masks)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the masks of the interrupted run: a weight may have become zero by chance."""

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_condensa.lc.lagrangian import encoded_from_state, encoded_state
+from lightning_condensa.callbacks.sharded import placed_like
+from lightning_condensa.callbacks.teacher import tensors_of
+from lightning_condensa.lc.states import encoded_from_state, encoded_state
 from lightning_condensa.schemes import Encoded
 
 
@@ -33,7 +36,7 @@ class Snapshot:
     def take(
         cls, score: float, step: int, theta: Mapping[str, Encoded], module: nn.Module
     ) -> Snapshot:
-        """Copy θ and the rest of the module, as ordinary tensors on the CPU."""
+        """Copy θ and the rest of the module to the CPU; what is sharded stays so."""
         with torch.inference_mode(False), torch.no_grad():
             cpu = torch.device("cpu")
             encoded = {n: encoded_from_state(encoded_state(e), cpu) for n, e in theta.items()}
@@ -49,13 +52,28 @@ class Snapshot:
         return self.score > score if mode == "max" else self.score < score
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers."""
+        """Tensors and numbers."""
         theta = {n: encoded_state(e) for n, e in self.theta.items()}
         return {"score": self.score, "step": self.step, "theta": theta, "rest": self.rest}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Snapshot:
-        """The snapshot that :meth:`state_dict` described."""
-        cpu = torch.device("cpu")
-        theta = {n: encoded_from_state(e, cpu) for n, e in state["theta"].items()}
-        return cls(state["score"], state["step"], theta, dict(state["rest"]))
+    def from_state(cls, state: Mapping[str, Any], module: nn.Module) -> Snapshot:
+        """The snapshot that :meth:`state_dict` described, sharded as ``module`` is."""
+        cpu, own = torch.device("cpu"), tensors_of(module)
+        theta = {n: encoded_from_state(e, cpu).placed(own[n]) for n, e in state["theta"].items()}
+        return cls(state["score"], state["step"], theta, placed_like(state["rest"], own))
+
+
+def measured(trainer: pl.Trainer, monitor: str) -> float:
+    """The value of a logged metric, the mean over all ranks, so that they agree on the best θ.
+
+    Raises:
+        ValueError: If the module does not log it.
+    """
+    if monitor not in trainer.callback_metrics:
+        raise ValueError(
+            f"monitor={monitor!r} is not logged by the module; "
+            f"it logs {sorted(trainer.callback_metrics)}"
+        )
+    score = trainer.callback_metrics[monitor].clone()  # the reduction is in place
+    return float(trainer.strategy.reduce(score, reduce_op="mean"))

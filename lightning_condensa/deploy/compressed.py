@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_packed
 from lightning_condensa.deploy.report import Report
+from lightning_condensa.functional.placement import whole
+from lightning_condensa.functional.ranks import Ranks, count_nonzero
 from lightning_condensa.schemes import Encoded, Scheme
 
 M = TypeVar("M", bound=nn.Module)
@@ -20,6 +22,9 @@ M = TypeVar("M", bound=nn.Module)
 
 class CompressedModel:
     """A module whose compressed parameters hold Δ(θ), with θ beside it.
+
+    Where parameters are sharded over processes (DTensors), whatever counts, packs or saves is a
+    collective call: every process makes it, and :meth:`save` lets one of them write.
 
     Args:
         module: The module; its compressed parameters already hold the decoded values.
@@ -56,15 +61,19 @@ class CompressedModel:
     def value_bytes(self) -> float:
         """The paper's memory footprint: bytes of all non-zero values, without positions."""
         other = [p for n, p in self.module.named_parameters() if n not in self.theta]
-        dense = sum(int(torch.count_nonzero(p)) * p.element_size() for p in other)
+        counts = count_nonzero([p.detach() for p in other])
+        dense = sum(n * p.element_size() for n, p in zip(counts, other, strict=True))
         return dense + sum(e.storage_bits for e in self.theta.values()) / 8
 
     def state_dict(self) -> dict[str, Tensor]:
         """A plain state dict that loads into the original class."""
-        return _state_dict(self.packed())
+        state = _state_dict(self.packed())
+        return {name: state[_eager(name)] for name in self.module.state_dict()}
 
     def packed(self) -> Packed:
         """θ and the rest of the module's state, ready to be written.
+
+        Names are those of the module without ``torch.compile``.
 
         Raises:
             ValueError: If the module keeps extra state that is not a tensor.
@@ -80,11 +89,11 @@ class CompressedModel:
                 )
             owner = owners.setdefault(id(value), name)
             if owner != name:
-                aliases[name] = owner
+                aliases[_eager(name)] = _eager(owner)
                 continue
             if name not in self.theta:
-                rest[name] = value.detach().cpu()
-        encoded = {n: e.to(torch.device("cpu")) for n, e in self.theta.items()}
+                rest[_eager(name)] = whole(value.detach()).cpu()
+        encoded = {_eager(n): e.whole().to(torch.device("cpu")) for n, e in self.theta.items()}
         return Packed(encoded, rest, aliases, {"scheme": self._scheme_text()})
 
     def _scheme_text(self) -> str:
@@ -103,7 +112,10 @@ class CompressedModel:
         Returns:
             Its size in bytes.
         """
-        return write_packed(path, self.packed())
+        packed = self.packed()
+        ranks = Ranks.holding([e.codes for e in self.theta.values()])
+        # The sum waits for the file to be there.
+        return ranks.totals([write_packed(path, packed) if ranks.leads else 0])[0]
 
     def file_bytes(self) -> int:
         """Size of the packed file, without writing it."""
@@ -123,7 +135,8 @@ def load_compressed(path: str | Path, module: M) -> M:
 
     Args:
         path: A file that :meth:`CompressedModel.save` wrote.
-        module: A module with the same parameters and buffers; overwritten in place.
+        module: A module with the same parameters and buffers, compiled or not; overwritten in
+            place.
 
     Returns:
         The module.
@@ -132,7 +145,8 @@ def load_compressed(path: str | Path, module: M) -> M:
         PackedFileError: If the file is damaged, or belongs to another module.
     """
     state = _state_dict(read_packed(path))
-    own = module.state_dict()
+    names = {_eager(name): name for name in module.state_dict()}
+    own = {_eager(name): tensor for name, tensor in module.state_dict().items()}
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
     wrong = sorted(n for n in set(own) & set(state) if own[n].shape != state[n].shape)
@@ -146,8 +160,13 @@ def load_compressed(path: str | Path, module: M) -> M:
         raise PackedFileError(
             f"{path} belongs to another module than {type(module).__name__}: {listed}"
         )
-    module.load_state_dict(state)
+    module.load_state_dict({names[name]: value for name, value in state.items()})
     return module
+
+
+def _eager(name: str) -> str:
+    """The name that a tensor has where ``torch.compile`` wraps no part of the module."""
+    return name.replace("_orig_mod.", "")
 
 
 def _state_dict(packed: Packed) -> dict[str, Tensor]:

@@ -18,12 +18,23 @@ from torch.nn import functional as nnf
 class Grouping(Protocol):
     """A partition of a tensor's elements into groups; sizes are float32."""
 
+    def unit(self, shape: torch.Size) -> tuple[int | None, ...]:
+        """Extent of a group along each dimension, ``None`` for all of it.
+
+        A part of a tensor that cuts no group is split like the whole.
+        """
+        ...
+
+    def grid(self, shape: torch.Size) -> tuple[int, ...]:
+        """How many groups there are along each dimension of a grid of groups."""
+        ...
+
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The groups as rows ``(groups, size)``, zero-padded, and real sizes ``(groups, 1)``."""
         ...
 
     def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
-        """Element mask of ``shape`` from a mask over groups ``(groups,)``."""
+        """Element mask of ``shape`` from a mask over groups, flat or in their grid."""
         ...
 
 
@@ -39,11 +50,19 @@ class Slices:
     transposed: bool = False
     groups: int = 1
 
+    def unit(self, shape: torch.Size) -> tuple[int | None, ...]:
+        """One output unit, and all of the other dimensions."""
+        return tuple(1 if dim == int(self.transposed) else None for dim in range(len(shape)))
+
+    def grid(self, shape: torch.Size) -> tuple[int, ...]:
+        """The output units; of a transposed convolution ``(groups, out / groups)``."""
+        return (self.groups, shape[1]) if self.transposed else (shape[0],)
+
     def _rows(self, weight: Tensor) -> Tensor:
         if not self.transposed:
-            return weight.reshape(weight.shape[0], -1)
-        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
-        return grouped.transpose(1, 2).reshape(self.groups * weight.shape[1], -1)
+            return weight.flatten(1)
+        grouped = torch.unflatten(weight, 0, (self.groups, weight.shape[0] // self.groups))
+        return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """One row per group."""
@@ -74,7 +93,16 @@ class Blocks:
 
     block_size: tuple[int, ...]
 
-    def _check(self, shape: torch.Size) -> tuple[int, ...]:
+    def unit(self, shape: torch.Size) -> tuple[int | None, ...]:
+        """The block."""
+        return self.block_size
+
+    def grid(self, shape: torch.Size) -> tuple[int, ...]:
+        """Blocks along each dimension.
+
+        Raises:
+            ValueError: If blocks have more or fewer dimensions than the weight.
+        """
         if len(shape) != len(self.block_size):
             raise ValueError(
                 f"block_size must have {len(shape)} entries for a weight of shape "
@@ -83,13 +111,17 @@ class Blocks:
         return tuple(math.ceil(n / b) for n, b in zip(shape, self.block_size, strict=True))
 
     def _split(self, weight: Tensor) -> Tensor:
-        counts = self._check(weight.shape)
+        counts = self.grid(weight.shape)
         pads = [c * b - n for n, b, c in zip(weight.shape, self.block_size, counts, strict=True)]
         if any(pads):
             weight = nnf.pad(weight, [p for pad in reversed(pads) for p in (0, pad)])
         interleaved = [n for pair in zip(counts, self.block_size, strict=True) for n in pair]
         order = [*range(0, len(interleaved), 2), *range(1, len(interleaved), 2)]
-        return weight.reshape(interleaved).permute(order).reshape(math.prod(counts), -1)
+        return (
+            weight.reshape(interleaved)
+            .permute(order)
+            .reshape(math.prod(counts), math.prod(self.block_size))
+        )
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """One row per group."""
@@ -102,7 +134,7 @@ class Blocks:
 
     def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
         """Repeat each block's verdict over its weights."""
-        mask = keep.view(self._check(shape))
+        mask = keep.view(self.grid(shape))
         for dim, (extent, block) in enumerate(zip(shape, self.block_size, strict=True)):
             mask = mask.repeat_interleave(block, dim=dim).narrow(dim, 0, extent)
         return mask

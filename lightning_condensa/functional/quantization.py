@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_condensa.functional.chunks import chunk_length
+from lightning_condensa.functional.ranks import Ranks
 
-def symmetric_scale(rows: Tensor, levels: int, candidates: int = 24) -> Tensor:
+
+def symmetric_scale(
+    rows: Tensor, levels: int, candidates: int = 24, ranks: Ranks | None = None
+) -> Tensor:
     """Scale of each row that minimizes the squared rounding error on the grid ``±levels``.
 
     The error is compared at ``candidates`` scales from the one that just covers the largest
@@ -18,6 +23,9 @@ def symmetric_scale(rows: Tensor, levels: int, candidates: int = 24) -> Tensor:
         rows: ``(rows, size)``.
         levels: Largest code, 127 for int8.
         candidates: How many scales to try.
+        ranks: The processes among which each row is cut, ``rows`` being this process's part; by
+            default none. Errors are summed in double precision, so that the order of the sum, and
+            with it the sharding, decides nothing but ties to 15 digits.
 
     Returns:
         float32 scales ``(rows, 1)``; 1 for rows that are all zero.
@@ -26,18 +34,21 @@ def symmetric_scale(rows: Tensor, levels: int, candidates: int = 24) -> Tensor:
         >>> symmetric_scale(torch.tensor([[-127.0, 64.0, 1.0]]), 127)
         tensor([[1.]])
     """
+    ranks = ranks or Ranks()
     rows = rows.to(torch.float32)
-    largest = rows.abs().amax(1, keepdim=True)
+    empty = rows.shape[1] == 0  # a process may hold nothing of its rows
+    part = rows.new_zeros(len(rows), 1) if empty else rows.abs().amax(1, keepdim=True)
+    largest = ranks.maximum(part)
     # A denormal row would need a scale below the smallest float: it rounds to zero instead.
     full = _rounded(largest / levels)
     full = torch.where(full > 0, full, torch.ones_like(full))
-    best, best_error = full, _rounding_error(rows, full, levels)
+    best, best_error = full, ranks.sum(_rounding_error(rows, full, levels))
     for shrink in torch.linspace(1.0, 0.4, candidates).tolist()[1:]:
         # Beyond 5 bits clipping below 90 % never pays: the grid is finer than the tail is long.
         if levels > 15 and shrink < 0.9:
             break
         scale = _rounded(full * shrink).clamp_min(torch.finfo(torch.float32).tiny)
-        error = _rounding_error(rows, scale, levels)
+        error = ranks.sum(_rounding_error(rows, scale, levels))
         better = error < best_error
         best = torch.where(better, scale, best)
         best_error = torch.where(better, error, best_error)
@@ -55,8 +66,16 @@ def integer_codes(rows: Tensor, scale: Tensor, levels: int) -> Tensor:
 
 
 def _rounding_error(rows: Tensor, scale: Tensor, levels: int) -> Tensor:
-    codes = (rows / scale).round_().clamp_(-levels, levels)
-    return codes.mul_(scale).sub_(rows).square_().sum(1, keepdim=True)
+    length = chunk_length(rows)
+    height = max(length // max(rows.shape[1], 1), 1)
+    errors = []
+    for part, step in zip(torch.split(rows, height), torch.split(scale, height), strict=True):
+        errors.append(torch.zeros_like(step, dtype=torch.float64))
+        for piece in torch.split(part, length, dim=1):
+            codes = (piece / step).round_().clamp_(-levels, levels)
+            squares = codes.mul_(step).sub_(piece).square_()
+            errors[-1] += squares.sum(1, keepdim=True, dtype=torch.float64)
+    return torch.cat(errors)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

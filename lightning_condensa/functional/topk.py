@@ -1,69 +1,68 @@
 """Exact global top-k over many tensors, without copying them into one.
 
-``torch.topk`` on the concatenation of all scores sorts a partial heap of k elements and needs a
-second copy of the network. Here the k-th largest value is bracketed from a small strided sample
-(Floyd & Rivest, "Expected time bounds for selection", CACM 1975), the elements above the bracket
-are counted in one pass, and only the few inside it are selected from. The answer is exact for every
-input: a bracket that misses is widened to everything on the side that was missed.
+Scores may be DTensors, mixed with plain tensors that every process holds alike. The masks are then
+DTensors placed like them, and put together they are, bit for bit, those of the whole tensors on one
+process. No weights are gathered: each process reads its own shards, and what is communicated are
+counts, samples of about 100,000 scores, and in the end at most 65,536 candidates near the
+threshold, whatever the size of the network. Each process must make the same calls.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-_SAMPLE = 1 << 16
-_CHUNK = 1 << 16  # elements that, with their masks, stay in the cache
+from lightning_condensa.functional.placement import like, linear_indices, local
+from lightning_condensa.functional.threshold import Band, Parts, kth, narrow
 
 
-def topk_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+@torch.no_grad()
+def topk_masks(
+    scores: Sequence[Tensor],
+    k: int,
+    floors: Sequence[int] | None = None,
+    *,
+    absolute: bool = False,
+) -> list[Tensor]:
     """Masks of the ``k`` largest scores over all tensors together.
 
     Exactly ``k`` elements are kept: of the scores equal to the threshold, the first ones in order
-    (tensor by tensor, row-major) survive.
+    (tensor by tensor, row-major) survive. A tensor that would keep fewer than its floor keeps
+    exactly its floor, and the others share what is left.
 
     Args:
-        scores: Floating point tensors of any shapes, without NaN.
+        scores: Floating point tensors of any shapes, without NaN; plain ones or DTensors.
         k: How many elements to keep, ``0 <= k <= sum of numel``.
+        floors: How many elements survive in each tensor at least; none if not given.
+        absolute: Compare magnitudes, which takes no copy of the scores.
 
     Returns:
-        One boolean tensor per score tensor, of its shape.
+        One boolean tensor per score tensor, of its shape and placement.
 
     Raises:
-        ValueError: If ``k`` is out of range.
+        ValueError: If ``k`` or a floor is out of range, or if tensors are placed in a way that
+            cannot be counted (pending sums, unrelated meshes).
 
     Example:
         >>> topk_masks([torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])], 2)
         [tensor([False,  True]), tensor([ True, False])]
+        >>> topk_masks([torch.tensor([1.0, 3.0]), torch.tensor([4.0, 5.0])], 2, floors=[1, 1])
+        [tensor([False,  True]), tensor([False,  True])]
     """
-    total = sum(s.numel() for s in scores)
-    if not 0 <= k <= total:
-        raise ValueError(f"k must lie in [0, {total}], got {k}")
-    if k == 0:
-        return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    if k == total:
-        return [torch.ones_like(s, dtype=torch.bool) for s in scores]
-    dtype = _common_dtype(scores)
-    threshold = kth_largest(scores, k)
-    masks = []
-    ties = threshold.ties
-    for score in scores:
-        score = score.to(dtype)
-        if threshold.ties == threshold.equal:  # the usual case: no tie to cut
-            masks.append(score >= threshold.value)
-            continue
-        mask = score > threshold.value
-        tied = (score == threshold.value).flatten().nonzero().squeeze(1)[:ties]
-        mask.view(-1)[tied] = True
-        ties -= tied.numel()
-        masks.append(mask)
-    return masks
+    sizes = [s.numel() for s in scores]
+    if not 0 <= k <= sum(sizes):
+        raise ValueError(f"k must lie in [0, {sum(sizes)}], got {k}")
+    least = list(floors or [0] * len(sizes))
+    if any(not 0 <= f <= n for f, n in zip(least, sizes, strict=True)) or sum(least) > k:
+        raise ValueError(f"floors must fit tensors of {sizes} elements and k={k}, got {least}")
+    parts = Parts.of(scores, absolute)
+    cuts = _cuts(parts, sizes, k, least)
+    return [_mask(parts, score, cut) for score, cut in zip(scores, cuts, strict=True)]
 
 
 class Threshold(NamedTuple):
@@ -80,58 +79,94 @@ class Threshold(NamedTuple):
     equal: int
 
 
+@torch.no_grad()
 def kth_largest(scores: Sequence[Tensor], k: int) -> Threshold:
     """The ``k``-th largest of all scores, and how many equal to it belong to the top ``k``.
 
     Args:
-        scores: Floating point tensors, without NaN.
+        scores: Floating point tensors, without NaN; plain ones or DTensors.
         k: Rank, ``1 <= k <= sum of numel``.
 
     Example:
         >>> kth_largest([torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])], 2)
         Threshold(value=2.0, ties=1, equal=2)
     """
-    dtype = _common_dtype(scores)
-    flat = [s.reshape(-1).to(dtype) for s in scores if s.numel() > 0]
-    low, high = _bracket(flat, k)
-    above, inside = _scan(flat, low, high)
-    if above >= k:  # the k-th largest lies above the bracket
-        above, inside = _scan(flat, high, math.inf)
-    elif above + inside.numel() < k:  # it lies below
-        above, inside = _scan(flat, -math.inf, low)
-    value = inside.kthvalue(inside.numel() - (k - above) + 1).values
-    ties = k - above - int(torch.count_nonzero(inside > value))
-    return Threshold(float(value), ties, int(torch.count_nonzero(inside == value)))
+    parts = Parts.of(scores, absolute=False)
+    value, above, equal = kth(parts, k, sum(s.numel() for s in scores))
+    more, ties = parts.ranks.totals([sum(above), sum(equal)])
+    return Threshold(value, k - more, ties)
 
 
-def _common_dtype(scores: Sequence[Tensor]) -> torch.dtype:
-    """A type that holds every score exactly: a threshold is never rounded to a narrower one."""
-    return reduce(torch.promote_types, {s.dtype for s in scores})
+class _Cut(NamedTuple):
+    """What one tensor keeps: the scores above a value, and the first ``ties`` equal to it."""
+
+    value: float
+    above: int
+    ties: int
+    equal: int
 
 
-def _bracket(flat: Sequence[Tensor], k: int) -> tuple[float, float]:
-    """Values that enclose the k-th largest with high probability, from a strided sample."""
-    total = sum(f.numel() for f in flat)
-    stride = max(1, total // _SAMPLE)
-    if stride == 1:
-        return -math.inf, math.inf
-    sample = torch.cat([f[::stride].to(torch.float32) for f in flat])
-    ordered = sample.sort(descending=True).values
-    n = ordered.numel()
-    expected = k / total * n
-    # Six standard deviations of the sample rank, plus slack for very small ranks.
-    margin = 6 * math.sqrt(max(expected * (1 - k / total), 1.0)) + 6
-    first, last = int(expected - margin), math.ceil(expected + margin)
-    high = float(ordered[first]) if first >= 0 else math.inf
-    low = float(ordered[last]) if last < n else -math.inf
-    return low, high
+def _cuts(parts: Parts, sizes: Sequence[int], k: int, floors: Sequence[int]) -> list[_Cut]:
+    cuts: dict[int, _Cut] = {}
+    band = narrow(parts, k, sum(sizes))
+    free = list(range(len(sizes)))
+    while True:
+        near = None if band is None else band.only(free)
+        shares = _shares(parts.only(free), [sizes[i] for i in free], k, near)
+        cuts.update(zip(free, shares, strict=True))
+        poor = [i for i in free if cuts[i].above + cuts[i].ties < floors[i]]
+        if not poor:
+            return [cuts[i] for i in range(len(sizes))]
+        # A tensor below its floor keeps exactly its floor; the others share what is left, which can
+        # push another one below. Their new threshold is near the old one, in the same band.
+        for i in poor:
+            cuts[i] = _shares(parts.only([i]), [sizes[i]], floors[i])[0]
+            k -= floors[i]
+        free = [i for i in free if i not in poor]
 
 
-def _scan(flat: Sequence[Tensor], low: float, high: float) -> tuple[int, Tensor]:
-    """How many elements exceed ``high``, and all elements in ``[low, high]``."""
-    above = 0
-    inside = []
-    for chunk in chain.from_iterable(torch.split(f, _CHUNK) for f in flat):
-        above += int(torch.count_nonzero(chunk > high))
-        inside.append(chunk[(chunk >= low) & (chunk <= high)])
-    return above, torch.cat(inside)
+def _shares(parts: Parts, sizes: Sequence[int], k: int, band: Band | None = None) -> list[_Cut]:
+    """What each tensor keeps of the ``k`` largest of all."""
+    if k == 0:
+        return [_Cut(math.inf, 0, 0, 0) for _ in sizes]
+    if k == sum(sizes):
+        return [_Cut(-math.inf, 0, n, n) for n in sizes]
+    value, *counts = kth(parts, k, sum(sizes), band)
+    totals = parts.ranks.totals([*counts[0], *counts[1]])
+    above, equal = totals[: len(sizes)], totals[len(sizes) :]
+    left = k - sum(above)
+    cuts = []
+    for more, ties in zip(above, equal, strict=True):
+        cuts.append(_Cut(value, more, min(ties, left), ties))
+        left -= cuts[-1].ties
+    return cuts
+
+
+def _mask(parts: Parts, score: Tensor, cut: _Cut) -> Tensor:
+    """The mask of one tensor; of ties that are cut the first in order are kept."""
+    part = local(score)
+    flat = part.reshape(-1)
+    mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+    every = 0 < cut.ties == cut.equal
+    ties = 0 if every else _first(parts, score, flat, cut)
+    start = 0
+    for chunk in parts.chunks(flat):
+        kept = mask[start : start + chunk.numel()]
+        start += chunk.numel()
+        (torch.ge if every else torch.gt)(chunk, cut.value, out=kept)
+        if ties > 0:
+            tied = (chunk == cut.value).nonzero().squeeze(1)[:ties]
+            kept[tied] = True
+            ties -= tied.numel()
+    return like(mask.view(part.shape), score)
+
+
+def _first(parts: Parts, score: Tensor, flat: Tensor, cut: _Cut) -> int:
+    """How many of this process's ties are among the first ``cut.ties`` in the whole tensor."""
+    if cut.ties == 0 or not isinstance(score, DTensor):
+        return cut.ties
+    # Shards keep the order of their elements, so that the first ones here are a prefix too.
+    where = torch.cat([c == cut.value for c in parts.chunks(flat)]).nonzero().squeeze(1)
+    order = linear_indices(score, where).neg().double()
+    mine = Parts((order if parts.ranks.own(score) else order[:0],), order.dtype, False, parts.ranks)
+    return int((order >= kth(mine, cut.ties, cut.equal)[0]).count_nonzero())

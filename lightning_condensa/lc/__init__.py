@@ -1,9 +1,12 @@
 """The learning-compression algorithm in plain torch: no Lightning."""
 
 from lightning_condensa.lc.lagrangian import Lagrangian
-from lightning_condensa.lc.response import OptimizerResponse
+from lightning_condensa.lc.paper import PaperSchedule
+from lightning_condensa.lc.plan import Plan, Schedule
+from lightning_condensa.lc.proximal import Proximal
+from lightning_condensa.lc.ramps import PolynomialRamp, Ramp
 from lightning_condensa.lc.run import CStep, LCRun
-from lightning_condensa.lc.schedules import LCSchedule, PaperSchedule, Plan, Schedule, make_schedule
+from lightning_condensa.lc.schedules import LCSchedule, make_schedule
 from lightning_condensa.lc.support import Support
 
 __all__ = [
@@ -11,9 +14,11 @@ __all__ = [
     "LCRun",
     "LCSchedule",
     "Lagrangian",
-    "OptimizerResponse",
     "PaperSchedule",
     "Plan",
+    "PolynomialRamp",
+    "Proximal",
+    "Ramp",
     "Schedule",
     "Support",
     "make_schedule",

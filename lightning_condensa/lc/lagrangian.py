@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_condensa.functional.norms import norm
+from lightning_condensa.functional.placement import local, placed
+from lightning_condensa.lc.states import encoded_from_state, encoded_state
 from lightning_condensa.schemes import BoundScheme, Encoded
 
 
@@ -29,16 +32,17 @@ class Lagrangian:
 
     Args:
         theta: The first θ.
+        mu: μ of the first L-step; λ begins at zero.
 
     Attributes:
         theta: Current θ by parameter name.
-        mu: Penalty weight μ of the current L-step; 0 until the first penalized one.
+        mu: Penalty weight μ of the current L-step.
     """
 
-    def __init__(self, theta: Mapping[str, Encoded]) -> None:
+    def __init__(self, theta: Mapping[str, Encoded], mu: float = 0.0) -> None:
         self.theta: dict[str, Encoded] = dict(theta)
-        self.mu = 0.0
-        self._anchor = {name: torch.zeros_like(e.decode()) for name, e in self.theta.items()}
+        self.mu = mu
+        self._anchor = {name: mu * e.decode() for name, e in self.theta.items()}
 
     @torch.no_grad()
     def multipliers(self) -> dict[str, Tensor]:
@@ -63,9 +67,9 @@ class Lagrangian:
         for name, anchor in self._anchor.items():
             parameter = parameters[name]
             if parameter.grad is not None and (only is None or id(parameter) in only):
-                grads.append(parameter.grad)
-                weights.append(parameter.detach())
-                anchors.append(anchor)
+                grads.append(local(parameter.grad))
+                weights.append(local(parameter.detach()))
+                anchors.append(local(anchor))
         if grads:
             torch._foreach_add_(grads, weights, alpha=self.mu)
             torch._foreach_sub_(grads, anchors)
@@ -76,9 +80,8 @@ class Lagrangian:
         grads = {n: g for n in self._anchor if (g := parameters[n].grad) is not None}
         if not grads or self.mu == 0:
             return None
-        penalty = [self.mu * parameters[n].detach() - self._anchor[n] for n in grads]
-        penalty_norm = torch.stack(torch._foreach_norm(penalty)).norm()
-        return float(penalty_norm / torch.stack(torch._foreach_norm(list(grads.values()))).norm())
+        penalty = {n: self.mu * parameters[n].detach() - self._anchor[n] for n in grads}
+        return norm(penalty.values()) / norm(grads.values())
 
     @torch.no_grad()
     def shifted(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,17 +99,14 @@ class Lagrangian:
         weights: Mapping[str, Tensor],
         bound: BoundScheme,
         next_mu: float,
-        dual_step: float = 1.0,
         untrained: Collection[str] = (),
     ) -> None:
-        """θ ← Π(w − λ/μ); λ ← λ − s·μ(w − Δ(θ)); μ ← ``next_mu``.
+        """θ ← Π(w − λ/μ); λ ← λ − μ(w − Δ(θ)); μ ← ``next_mu``.
 
         Args:
             weights: The network's parameters.
             bound: The scheme to project onto.
             next_mu: Penalty weight of the coming L-step.
-            dual_step: The step length s in [0, 1]: 1 is the method of multipliers after a solved
-                L-step, 0 the quadratic penalty method.
             untrained: Parameters that the L-step cannot move. Their λ stays zero: it would only
                 wind up, and pull their θ away from w.
         """
@@ -116,65 +116,29 @@ class Lagrangian:
             decoded = encoded.decode()
             anchor = next_mu * decoded
             if self.mu > 0 and name not in untrained:
-                # λ = μ(w − shifted), so λ − sμ(w − Δ(θ)) is μ((1 − s)w − shifted + sΔ(θ)).
-                dual = weights[name].detach().lerp(decoded, dual_step) - shifted[name]
-                anchor += self.mu * dual
+                # λ = μ(w − shifted), so λ − μ(w − Δ(θ)) is μ(Δ(θ) − shifted).
+                anchor += self.mu * (decoded - shifted[name])
             self._anchor[name] = anchor
         self.theta = theta
         self.mu = next_mu
 
-    def set_mu(self, mu: float) -> None:
-        """Change μ in the middle of an L-step, keeping λ."""
-        for name, anchor in self._anchor.items():
-            anchor += (mu - self.mu) * self.theta[name].decode()
-        self.mu = mu
-
-    @torch.no_grad()
-    def gap(self, weights: Mapping[str, Tensor]) -> float:
-        """‖w − Δ(θ)‖ / ‖Δ(θ)‖ over all compressed parameters."""
-        decoded = [e.decode() for e in self.theta.values()]
-        distance = torch.stack(
-            [torch.dist(weights[n].detach(), d) for n, d in zip(self.theta, decoded, strict=True)]
-        )
-        norm = torch.stack([d.norm() for d in decoded]).norm()
-        return float(distance.norm() / norm.clamp_min(torch.finfo(norm.dtype).tiny))
-
     def state_dict(self) -> dict[str, Any]:
-        """μ, θ and the anchors as plain tensors."""
+        """μ, and the tensors of θ and the anchors."""
         return {
             "mu": self.mu,
             "anchor": dict(self._anchor),
             "theta": {n: encoded_state(e) for n, e in self.theta.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, on the devices of the current tensors."""
-        for name, encoded in self.theta.items():
-            device = encoded.codes.device
-            self.theta[name] = encoded_from_state(state["theta"][name], device)
-            self._anchor[name] = state["anchor"][name].to(device).clone()
-        self.mu = float(state["mu"])
-
-
-def encoded_state(encoded: Encoded) -> dict[str, Any]:
-    """One encoding as plain tensors and names, for checkpoints."""
-    return {
-        "codes": encoded.codes,
-        "dtype": str(encoded.dtype).removeprefix("torch."),
-        "scale": encoded.scale,
-        "mask": encoded.mask,
-    }
-
-
-def encoded_from_state(state: Mapping[str, Any], device: torch.device) -> Encoded:
-    """The encoding that :func:`encoded_state` described."""
-
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device).clone()
-
-    return Encoded(
-        codes=state["codes"].to(device).clone(),
-        dtype=getattr(torch, state["dtype"]),
-        scale=moved(state["scale"]),
-        mask=moved(state["mask"]),
-    )
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Lagrangian:
+        """What :meth:`state_dict` described, placed like the parameters."""
+        theta = {
+            n: encoded_from_state(s, parameters[n].device).whole().placed(parameters[n])
+            for n, s in state["theta"].items()
+        }
+        lagrangian = cls(theta, float(state["mu"]))
+        for name, anchor in state["anchor"].items():
+            parameter = parameters[name]
+            lagrangian._anchor[name] = placed(anchor.to(parameter.device), parameter).clone()
+        return lagrangian

@@ -7,18 +7,22 @@ The owner of the training loop calls :meth:`LCRun.before_step` when gradients ar
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_condensa.lc.lagrangian import Lagrangian
-from lightning_condensa.lc.response import OptimizerResponse
-from lightning_condensa.lc.schedules import Plan
-from lightning_condensa.lc.support import Support
+from lightning_condensa.functional.norms import norm, relative
+from lightning_condensa.functional.placement import placed
+from lightning_condensa.functional.ranks import count_nonzero
+from lightning_condensa.lc.augmented import Augmented
+from lightning_condensa.lc.engine import Engine
+from lightning_condensa.lc.plan import Plan
+from lightning_condensa.lc.proximal import Proximal
 from lightning_condensa.schemes import BoundScheme, Encoded
 
 
@@ -28,32 +32,36 @@ class CStep:
 
     Attributes:
         theta: The new θ.
-        mu: μ of the L-step that begins.
-        gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖.
+        strength: Of the penalty in the L-step that begins: μ, or the rate of a proximal one.
+        gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖, with w as the L-step left it.
         seconds: Wall-clock time.
         gradient_ratio: ‖penalty gradient‖ / ‖loss gradient‖ in the last optimizer step before;
-            ``None`` without a penalty.
+            ``None`` without a gradient of the penalty.
     """
 
     theta: Mapping[str, Encoded]
-    mu: float
+    strength: float
     gap: float
     seconds: float
-    gradient_ratio: float | None
+    gradient_ratio: float | None = None
 
 
 class LCRun:
-    """θ, λ, μ and the position in a plan.
+    """θ, the penalty and the position in a plan.
+
+    Weights that are sparse already, those of a finished run at a higher density say, are a warm
+    start: the ramp begins at the density that they have, on the support that they have.
 
     Args:
         bound: The scheme, resolved against the network.
         plan: The run in numbers.
         parameters: The live parameters called ``bound.names``; changed in place by optimizer
-            steps, and by the run where fine-tuning starts.
+            steps, and by the run after them.
 
     Attributes:
         step: Optimizer steps so far.
-        gaps: Relative gap of each parameter at the end of the L-C phase.
+        finetuning: Whether only the support is trained by now.
+        gaps: Relative gap of each parameter at the end of the L-C phase; empty before.
     """
 
     def __init__(self, bound: BoundScheme, plan: Plan, parameters: Mapping[str, Tensor]) -> None:
@@ -61,47 +69,39 @@ class LCRun:
         self.plan = plan
         self.parameters = dict(parameters)
         self.step = 0
+        self.finetuning = False
         self.gaps: dict[str, float] = {}
         self._next_c_step = 0
-        # Of the last C-step. A resumed run may have another plan, so they are not looked up in it.
-        self._c_step_at = 0
         self._progress = 0.0
-        self._lagrangian: Lagrangian | None = None
-        self._support: Support | None = None
-        self._response = OptimizerResponse()
-        self._gradient_ratio: float | None = None
-
-    @property
-    def finetuning(self) -> bool:
-        """Whether only the support is trained by now."""
-        return self._support is not None
+        self._head_start = 0.0
+        self._engine: Engine = (
+            Proximal(plan.prune_rate, plan.importance) if plan.proximal else Augmented()
+        )
 
     def start(self) -> CStep:
         """The C-step before training."""
+        self._head_start = self._way_made()
         c_step = self._advance([])
         assert c_step is not None
         return c_step
 
     def before_step(self, optimizer: Optimizer, only_its_own: bool) -> None:
-        """Add the penalty's gradient, or mask the gradients while fine-tuning.
+        """Prepare the gradients: add the penalty's, or zero those of pruned weights.
 
         Args:
             optimizer: The one about to step.
             only_its_own: Whether other optimizers step with gradients of their own.
         """
-        if self._support is not None:
-            self._support.mask_gradients(self.parameters)
-            return
-        assert self._lagrangian is not None
-        if not self.plan.absolute_mu:
-            self._response.before_step(optimizer, self.parameters)
+        for parameter in self.parameters.values():
+            # Where a parameter is whole but activations are sharded, its gradient is a partial sum.
+            if isinstance(parameter.grad, DTensor):
+                parameter.grad = placed(parameter.grad, parameter)
         only = None
         if only_its_own:
             only = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if self.step + 1 == self._due_at:
-            # Norms make the device wait, so they are taken once per L-step.
-            self._gradient_ratio = self._lagrangian.gradient_ratio(self.parameters)
-        self._lagrangian.add_penalty_gradient(self.parameters, only)
+        if self._due_at is not None and self._due_at - self.step <= self.plan.window:
+            self._engine.observe(self.parameters, only)
+        self._engine.before_step(self.parameters, only)
 
     def after_step(self, optimizers: Sequence[Optimizer]) -> CStep | None:
         """Count an optimizer step; make the C-step that is due after it, if one is.
@@ -110,43 +110,27 @@ class LCRun:
             optimizers: All that train the network.
         """
         self.step += 1
-        if self._support is not None:
-            # Momentum from before the fine-tune may have moved a pruned weight.
-            self._support.apply(self.parameters)
-            return None
-        assert self._lagrangian is not None
-        if not self.plan.absolute_mu and self._response.after_step(self.parameters):
-            # The first step was free of a penalty, to measure the optimizer.
-            self._lagrangian.set_mu(self._mu(self._next_c_step - 1))
+        self._engine.after_step(self.parameters)
         return self._advance(optimizers)
 
     def project(self, weights: Mapping[str, Tensor]) -> dict[str, Encoded]:
-        """θ under the final scheme, as it would be deployed now.
-
-        In the L-C phase it is the last C-step's, brought to the final density while the ramp is
-        still under way: once λ has moved, Π(w − λ/μ) means something only at the end of the next
-        L-step. Later it is the projection of ``weights``.
-        """
-        if self._lagrangian is None:
-            return self.bound.pi(weights)
-        theta = self._lagrangian.theta
-        if self._progress >= 1:
-            return dict(theta)
-        return self.bound.pi({name: encoded.decode() for name, encoded in theta.items()})
+        """θ under the final scheme, as it would be deployed now; also while the ramp lasts."""
+        theta = self._engine.project(weights, self.bound)
+        if self._progress < 1 and not self.plan.proximal:
+            return self.bound.pi({name: encoded.decode() for name, encoded in theta.items()})
+        return theta
 
     def finish(self) -> dict[str, Encoded]:
-        """θ at the end of training; an L-step that was cut short ends with a projection."""
-        if self._lagrangian is not None and self.step > self._c_step_at:
-            return self.bound.pi(self._lagrangian.shifted(self.parameters))
-        return self.project(self.parameters)
+        """θ at the end of training."""
+        return self._engine.finish(self.parameters, self.bound)
 
     def relative_gaps(self, theta: Mapping[str, Encoded]) -> dict[str, float]:
         """‖w − Δ(θ)‖ / ‖Δ(θ)‖ of each parameter."""
         gaps = {}
         for name, encoded in theta.items():
             decoded = encoded.decode()
-            norm = decoded.norm().clamp_min(torch.finfo(decoded.dtype).tiny)
-            gaps[name] = float(torch.dist(self.parameters[name].detach(), decoded) / norm)
+            distance = norm([self.parameters[name].detach() - decoded])
+            gaps[name] = relative(distance, norm([decoded]))
         return gaps
 
     @property
@@ -154,92 +138,70 @@ class LCRun:
         c_steps = self.plan.c_steps
         return c_steps[self._next_c_step] if self._next_c_step < len(c_steps) else None
 
-    def _mu(self, index: int) -> float:
-        unit = 1.0 if self.plan.absolute_mu else self._response.mu_of_unit_rate
-        return self.plan.mu[index] * unit
-
     def _advance(self, optimizers: Sequence[Optimizer]) -> CStep | None:
-        c_step = None
-        if self._due_at is not None and self.step >= self._due_at:
-            c_step = self._c_step(optimizers)
-        if self.step >= self.plan.finetune_from and not self.gaps:
-            self._enter_finetune()
-        return c_step
-
-    def _c_step(self, optimizers: Sequence[Optimizer]) -> CStep:
+        if self._due_at is None or self.step < self._due_at:
+            return None
         started = time.perf_counter()
         index = self._next_c_step
-        self._c_step_at, self._progress = self.step, self.plan.progress[index]
-        bound = self.bound.relaxed(self._progress)
-        if self._lagrangian is None:
-            self._lagrangian = Lagrangian(bound.pi(self.parameters))
-            self._lagrangian.set_mu(self._mu(index))
-        else:
-            self._lagrangian.c_step(
-                self.parameters,
-                bound,
-                self._mu(index),
-                self.plan.dual_step[index],
-                self._untrained(optimizers),
-            )
-            if self.plan.reset_optimizer:
-                for optimizer in optimizers:
-                    optimizer.state.clear()
-        self._next_c_step += 1
-        return CStep(
-            theta=self._lagrangian.theta,
-            mu=self._lagrangian.mu,
-            gap=self._lagrangian.gap(self.parameters),
+        progress = self._head_start + (1 - self._head_start) * self.plan.progress[index]
+        self._progress = max(self._progress, progress)  # where a resumed run became longer
+        bound, strength = self.bound.relaxed(self._progress), self.plan.strength[index]
+        theta = self._engine.c_step(self.parameters, bound, strength, optimizers)
+        c_step = CStep(
+            theta=theta,
+            strength=strength,
+            gap=self._gap(theta),
             seconds=time.perf_counter() - started,
-            gradient_ratio=self._gradient_ratio,
+            gradient_ratio=self._engine.gradient_ratio,
         )
+        self._next_c_step += 1
+        if self.step >= self.plan.l_end and not self.gaps:
+            self.gaps = self.relative_gaps(theta)
+        self.finetuning = self.plan.finetune_from is not None and (
+            self.step >= self.plan.finetune_from
+        )
+        self._engine.enter_l_step(self.parameters, optimizers, fixed_support=self.finetuning)
+        if self.plan.reset_optimizer and self.step > 0:
+            for optimizer in optimizers:
+                optimizer.state.clear()
+        return c_step
 
-    def _untrained(self, optimizers: Sequence[Optimizer]) -> set[str]:
-        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-        trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
-        return {name for name, p in self.parameters.items() if id(p) not in trained}
+    def _way_made(self) -> float:
+        """How far the weights are on the way from dense to the scheme's density."""
+        if not self.bound.prunes:
+            return 0.0
+        theta = self.bound.pi(self.parameters)
+        pruned = [n for n, e in theta.items() if e.mask is not None]
+        total = sum(theta[n].numel for n in pruned)
+        zeros = total - sum(count_nonzero([self.parameters[n].detach() for n in pruned]))
+        to_prune = total - sum(count_nonzero([theta[n].codes for n in pruned]))
+        return min(zeros / to_prune, 1.0) if to_prune > 0 else 1.0
 
-    def _enter_finetune(self) -> None:
-        """From here on only what the scheme keeps is trained, from θ's values."""
-        theta = self.project(self.parameters)
-        self.gaps = self.relative_gaps(theta)
-        support = Support.of(theta)
-        if not support.masks:
-            return  # nothing was pruned: the penalty goes on to hold w near its rounded values
-        with torch.no_grad():
-            for name, encoded in theta.items():
-                self.parameters[name].copy_(encoded.decode())
-        self._support = support
-        self._lagrangian = None
+    def _gap(self, theta: Mapping[str, Encoded]) -> float:
+        decoded = {n: e.decode() for n, e in theta.items()}
+        distance = norm(self.parameters[n].detach() - d for n, d in decoded.items())
+        return relative(distance, norm(decoded.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-identical continuation needs, except the parameters."""
         return {
             "step": self.step,
+            "finetuning": self.finetuning,
             "gaps": self.gaps,
-            "next_c_step": self._next_c_step,
-            "c_step_at": self._c_step_at,
             "progress": self._progress,
-            "response": self._response.state_dict(),
-            "lagrangian": None if self._lagrangian is None else self._lagrangian.state_dict(),
-            "masks": None if self._support is None else self._support.masks,
+            "head_start": self._head_start,
+            "engine": self._engine.state_dict(self.parameters),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave, on the parameters' devices."""
         self.step = state["step"]
+        self.finetuning = state["finetuning"]
         self.gaps = dict(state["gaps"])
-        self._next_c_step = min(state["next_c_step"], len(self.plan.c_steps))
-        self._c_step_at = state["c_step_at"]
+        self._next_c_step = bisect_right(self.plan.c_steps, self.step)
+        if self.plan.finetune_from is not None and not self.finetuning:
+            # A plan that became shorter may have its last C-step, which fixes the support, behind.
+            self._next_c_step = min(self._next_c_step, len(self.plan.c_steps) - 1)
         self._progress = state["progress"]
-        self._response = OptimizerResponse.from_state(state["response"])
-        if state["masks"] is not None:
-            self._lagrangian = None
-            self._support = Support(
-                {n: m.to(self.parameters[n].device) for n, m in state["masks"].items()}
-            )
-        else:
-            self._lagrangian = Lagrangian(
-                {n: Encoded.dense(p.detach()) for n, p in self.parameters.items()}
-            )
-            self._lagrangian.load_state_dict(state["lagrangian"])
+        self._head_start = state["head_start"]
+        self._engine.load_state_dict(state["engine"], self.parameters)

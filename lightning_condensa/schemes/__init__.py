@@ -1,6 +1,7 @@
 """What to compress and how: schemes, their composition and their configuration."""
 
-from lightning_condensa.schemes.base import BoundScheme, NotFiniteError, Scheme
+from lightning_condensa.schemes.base import NotFiniteError, Scheme
+from lightning_condensa.schemes.bound import BoundScheme
 from lightning_condensa.schemes.compose import Compose
 from lightning_condensa.schemes.encoded import Encoded
 from lightning_condensa.schemes.prune import Prune

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-import torch
 import yaml
 from torch import Tensor, nn
 
+from lightning_condensa.functional.placement import where
+from lightning_condensa.schemes.bound import PROJECT, BoundScheme
 from lightning_condensa.schemes.config import changed_fields, decode, encode
 from lightning_condensa.schemes.encoded import Encoded
 from lightning_condensa.schemes.selection import (
@@ -29,8 +30,6 @@ from lightning_condensa.schemes.space import Dimension, is_dimension
 
 S = TypeVar("S", bound="Scheme")
 
-PRUNE, PROJECT, QUANTIZE = range(3)
-
 
 @dataclass(frozen=True)
 class Scheme:
@@ -39,6 +38,7 @@ class Scheme:
     To write your own, subclass as a frozen dataclass and define :meth:`project`:
 
     Example:
+        >>> import torch
         >>> @dataclass(frozen=True)
         ... class Clip(Scheme):
         ...     limit: float = 0.1
@@ -94,7 +94,7 @@ class Scheme:
             encoded = theta[target.name]
             codes = self.project(encoded.codes)
             if encoded.mask is not None:
-                codes = torch.where(encoded.mask, codes, 0)  # a product could leave -0.0
+                codes = where(encoded.mask, codes)  # a product could leave -0.0
             changed[target.name] = encoded.replace(codes=codes)
         return changed
 
@@ -243,62 +243,5 @@ class Scheme:
         return Scheme.from_config(config)
 
 
-@dataclass(frozen=True)
-class BoundScheme:
-    """A scheme resolved against one module: Π and Δ as pure functions of named tensors.
-
-    Attributes:
-        scheme: The scheme.
-        stages: Each stage with its targets, first applied first.
-        names: Every parameter that some stage changes, in the module's order.
-    """
-
-    scheme: Scheme
-    stages: tuple[tuple[Scheme, tuple[Target, ...]], ...]
-    names: tuple[str, ...]
-
-    def pi(self, weights: Mapping[str, Tensor]) -> dict[str, Encoded]:
-        """Π: compress.
-
-        Args:
-            weights: The tensors called :attr:`names`; others are ignored.
-
-        Returns:
-            θ, an encoding for each name.
-
-        Raises:
-            NotFiniteError: If a weight is not finite.
-        """
-        theta = {name: Encoded.dense(weights[name].detach()) for name in self.names}
-        for stage, targets in self.stages:
-            theta.update(stage.compress(theta, targets))
-        return theta
-
-    def delta(self, theta: Mapping[str, Encoded]) -> dict[str, Tensor]:
-        """Δ: decompress to dense tensors."""
-        return {name: theta[name].decode() for name in self.names}
-
-    @property
-    def structure(self) -> tuple[object, ...]:
-        """What the scheme makes of the module, comparable: equal for schemes that do the same."""
-        return tuple(stage.structure(targets) for stage, targets in self.stages)
-
-    def relaxed(self, progress: float) -> BoundScheme:
-        """The same tensors under a scheme part of the way from dense (0) to compressed (1)."""
-        if progress >= 1:
-            return self
-        stages = tuple((stage.relaxed(progress), targets) for stage, targets in self.stages)
-        return replace(self, stages=stages)
-
-
 class NotFiniteError(ValueError):
     """A weight to compress is not finite: training has diverged."""
-
-
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Raise :class:`NotFiniteError` if ``tensor`` holds NaN or infinity."""
-    # One reduction without a temporary; only where it is not finite, which a sum of finite values
-    # can be too, each element is looked at.
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if not bool(total.isfinite()) and not bool(tensor.isfinite().all()):
-        raise NotFiniteError(f"{name} holds values that are not finite: training has diverged")

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_condensa.schemes.base import QUANTIZE, BoundScheme, Scheme
+from lightning_condensa.schemes.base import Scheme
+from lightning_condensa.schemes.bound import QUANTIZE, BoundScheme
 from lightning_condensa.schemes.selection import Skipped
 from lightning_condensa.schemes.space import Dimension
 

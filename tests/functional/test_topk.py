@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_condensa.functional import topk
+from lightning_condensa.functional import threshold
 from lightning_condensa.functional.topk import kth_largest, topk_masks
 
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 0)
@@ -59,7 +59,7 @@ def test_all_equal_keeps_the_first(k: int) -> None:
 def layouts() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(LARGE, generator=generator)
-    stride = LARGE // topk._SAMPLE
+    stride = LARGE // threshold._SAMPLE
     periodic = noise * 1e-3
     periodic[::stride] += 1  # the sample sees nothing but these
     unseen = noise + 1
@@ -126,3 +126,77 @@ def test_non_contiguous_scores() -> None:
 def test_rank_out_of_range(k: int) -> None:
     with pytest.raises(ValueError, match=r"k must lie in \[0, 4\]"):
         topk_masks([torch.ones(4)], k)
+
+
+def with_floors(scores: list[Tensor], k: int, floors: list[int]) -> list[Tensor]:
+    """By the definition: whoever falls below its floor keeps its floor, the others share."""
+    free, keep = list(range(len(scores))), [torch.empty(0)] * len(scores)
+    while True:
+        parts = reference([scores[i] for i in free], k).split([scores[i].numel() for i in free])
+        poor = [i for i, mask in zip(free, parts, strict=True) if mask.sum() < floors[i]]
+        for i, mask in zip(free, parts, strict=True):
+            keep[i] = mask
+        if not poor:
+            return keep
+        for i in poor:
+            keep[i] = reference([scores[i]], floors[i])
+            k -= floors[i]
+        free = [i for i in free if i not in poor]
+
+
+@given(SIZES, st.integers(0, 4), st.data())
+@settings(max_examples=200, deadline=None)
+def test_floors(sizes: list[int], floor: int, data: st.DataObject) -> None:
+    value = st.sampled_from([-2.0, 0.0, 0.25, 0.5, 2.0])
+    scores = [torch.tensor(data.draw(st.lists(value, min_size=n, max_size=n))) for n in sizes]
+    floors = [min(floor, n) for n in sizes]
+    k = data.draw(st.integers(sum(floors), sum(sizes)))
+    masks = topk_masks(scores, k, floors)
+    for mask, right in zip(masks, with_floors(scores, k, floors), strict=True):
+        assert torch.equal(mask, right)
+
+
+@pytest.mark.parametrize("layout", ["random", "few values", "heavy tail", "all equal"])
+@pytest.mark.parametrize("floor", [1, 7, 3000])
+def test_floors_beyond_the_sampling_threshold(layout: str, floor: int) -> None:
+    scores = list(layouts()[layout].split([100_000, 5_000, 100_000, 3_000, 92_000]))
+    for poor in (1, 3):
+        scores[poor] = scores[poor] * 1e-4
+    for k in (15_000, 150_000):
+        masks = topk_masks(scores, k, [floor] * 5)
+        for mask, right in zip(masks, with_floors(scores, k, [floor] * 5), strict=True):
+            assert torch.equal(mask, right)
+
+
+def test_the_repair_of_a_poor_tensor_reads_the_others_no_second_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    scores = [torch.rand(LARGE, generator=generator) * scale for scale in (1, 1e-3, 1)]
+    read = 0
+    select = threshold.Parts.select
+
+    def counting(parts: threshold.Parts, first: float, last: float) -> object:
+        nonlocal read
+        read += parts.held
+        return select(parts, first, last)
+
+    monkeypatch.setattr(threshold.Parts, "select", counting)
+    masks = topk_masks(scores, 30_000, [5, 5, 5])
+    assert [int(m.sum()) for m in masks][1] == 5
+    assert read < 4.2 * LARGE  # all three once, the poor one once more
+
+
+@pytest.mark.parametrize("k", [0, 3, 1000, LARGE])
+def test_magnitudes_without_a_copy(k: int) -> None:
+    scores = layouts()["random"] - 0.5
+    before = scores.clone()
+    (mask,) = topk_masks([scores], k, absolute=True)
+    assert torch.equal(mask, reference([scores.abs()], k))
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("floors", [[5], [-1], [3]])
+def test_floors_out_of_range(floors: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"floors must fit"):
+        topk_masks([torch.ones(4)], 2, floors)

@@ -251,7 +251,7 @@ def test_tensorboard_has_every_trial_and_an_overview(tmp_path: Path) -> None:
     assert logged == pytest.approx([t.metric for t in result.trials])
     for trial in result.trials:
         tags = EventAccumulator(str(trial.directory)).Reload().Tags()["scalars"]
-        assert {"condensa/density", "condensa/gap", "condensa/mu"} <= set(tags)
+        assert {"condensa/density", "condensa/gap", "condensa/rate"} <= set(tags)
         assert "condensa/layer_density/layer.weight" in tags
 
 

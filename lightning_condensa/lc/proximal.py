@@ -1,0 +1,195 @@
+"""The default L-C: the user's optimizer steps, then the penalty's proximal operator.
+
+    w ← optimizer step on L(w)
+    w ← w + rate·(Δ(θ) − w)        rate = μη / (1 + μη), the proximal operator of μ/2‖w − Δ(θ)‖²
+
+(Parikh & Boyd, "Proximal algorithms", 2014, §4.2: forward-backward splitting.) For a fixed support
+the best values of a sparse θ are those of w itself, so only pruned weights are pulled, to zero;
+where the scheme also changes values (rounds them, say), the kept ones are pulled to Δ(θ). At a rate
+of 1 the constraint holds after every step: what is pruned stays zero, gets no gradient, and no
+optimizer remembers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_condensa.functional.norms import norm
+from lightning_condensa.functional.placement import like, local, parts
+from lightning_condensa.functional.ranks import Ranks
+from lightning_condensa.lc.engine import Engine, Parameters
+from lightning_condensa.lc.importance import Importance
+from lightning_condensa.schemes import BoundScheme, Encoded
+from lightning_condensa.schemes.bound import PRUNE
+
+
+class Proximal(Engine):
+    """L-C with a proximal penalty.
+
+    Buffers, each of the parameter's size and type: factors for a pruned parameter, Δ(θ) for one
+    whose values are projected, and in the last steps before a C-step the squared gradients.
+
+    Args:
+        prune_rate: Share of a pruned weight that a step removes.
+        importance: Exponent of the gradient in the metric of the C-step; 0 for plain magnitude.
+    """
+
+    def __init__(self, prune_rate: float, importance: float) -> None:
+        self._prune_rate = prune_rate
+        self._importance = Importance(importance)
+        self._rate = 0.0
+        self._fixed = False
+        self._stray: bool | None = None  # whether the optimizers move what is pruned, once known
+        self._factors: dict[str, Tensor] = {}
+        self._targets: dict[str, Tensor] = {}
+
+    @property
+    def _hard(self) -> bool:
+        return self._prune_rate == 1
+
+    @torch.no_grad()
+    def before_step(self, parameters: Parameters, only: Collection[int] | None) -> None:
+        """Zero the gradients of weights that are pruned for good."""
+        if self._hard:
+            trained = {
+                n: parameters[n].grad
+                for n in self._factors
+                if parameters[n].grad is not None and (only is None or id(parameters[n]) in only)
+            }
+            self._scale(trained)
+
+    @torch.no_grad()
+    def after_step(self, parameters: Parameters) -> None:
+        """The proximal step. With most optimizers what is pruned for good is zero already."""
+        if self._targets:
+            weights = [local(parameters[n].detach()) for n in self._targets]
+            torch._foreach_lerp_(weights, list(self._targets.values()), self._rate)
+        if not self._hard or self._stray:
+            self._scale({n: parameters[n].detach() for n in self._factors})
+
+    def observe(self, parameters: Parameters, only: Collection[int] | None) -> None:
+        """Sum squared gradients for the metric of the next C-step, while there is a choice."""
+        if self._importance.exponent > 0 and not self._fixed:
+            self._importance.observe(parameters, only)
+
+    @torch.no_grad()
+    def c_step(
+        self,
+        parameters: Parameters,
+        bound: BoundScheme,
+        strength: float,
+        optimizers: Iterable[Optimizer],
+    ) -> dict[str, Encoded]:
+        """θ ← Π(w) in the metric of the gradients, or on the support once that is fixed."""
+        if self._hard and not self._stray:
+            self._watch(parameters)
+        if self._fixed:
+            theta = self.project(parameters, bound)
+        else:
+            theta = bound.pi(parameters, self._importance.weigh(parameters))
+            support = {n: local(e.mask) for n, e in theta.items() if e.mask is not None}
+            self._keep(support, parameters)
+        self._rate = strength
+        self._targets = {n: local(theta[n].decode()) for n in _projected(bound)}
+        return theta
+
+    @torch.no_grad()
+    def enter_l_step(
+        self, parameters: Parameters, optimizers: Iterable[Optimizer], fixed_support: bool
+    ) -> None:
+        """Cut what is pruned for good out of the weights and the optimizers' state."""
+        if fixed_support and not self._fixed:
+            self._fixed, self._prune_rate = True, 1.0
+            self._keep({n: f == 1 for n, f in self._factors.items()}, parameters)
+            if self._stray is None:  # no C-step may come that could tell
+                self._stray = True
+        if self._hard:
+            self._cut(parameters, optimizers)
+
+    @torch.no_grad()
+    def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
+        """Π(w); on the support once that is fixed."""
+        if not self._fixed:
+            return bound.pi(parameters)
+        masks = {n: like(f == 1, parameters[n]) for n, f in self._factors.items()}
+        return bound.pi_on_support(parameters, masks)
+
+    def state_dict(self, parameters: Parameters) -> dict[str, Any]:
+        """Supports, targets, rates, and the gradients that were seen."""
+        p = parameters
+        return {
+            "prune_rate": self._prune_rate,
+            "rate": self._rate,
+            "fixed": self._fixed,
+            "stray": self._stray,
+            "support": {n: like(f == 1, p[n]) for n, f in self._factors.items()},
+            "targets": {n: like(t, p[n]) for n, t in self._targets.items()},
+            "importance": self._importance.state_dict(p),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Parameters) -> None:
+        """Take up what :meth:`state_dict` gave, on the parameters' devices."""
+        self._prune_rate, self._rate = state["prune_rate"], state["rate"]
+        self._fixed, self._stray = state["fixed"], state["stray"]
+        self._keep(parts(state["support"], parameters), parameters)
+        self._targets = parts(state["targets"], parameters)
+        self._importance.load_state_dict(state["importance"], parameters)
+
+    def _keep(self, support: Mapping[str, Tensor], parameters: Parameters) -> None:
+        """Set the factors of a proximal step: 1 on the support, 1 − rate elsewhere."""
+        # Multiplying by a number of the weight's own type is several times faster than by a bool.
+        self._factors = {}
+        for name, mask in support.items():
+            dtype = parameters[name].dtype
+            rate = max(self._prune_rate, torch.finfo(dtype).eps)  # 1 − rate must not round to 1
+            self._factors[name] = torch.where(mask, 1.0, 1 - rate).to(dtype)
+
+    def _watch(self, parameters: Parameters) -> None:
+        """See whether pruned weights have left zero since they were cut.
+
+        Optimizers that treat each element on its own leave them there; those that mix elements
+        (LBFGS, Muon) or have state that cannot be cut (8-bit moments) do not.
+        """
+        weights = {n: (local(parameters[n].detach()), f) for n, f in self._factors.items()}
+        left = any(norm([torch.addcmul(w, w, f, value=-1)]) > 0 for w, f in weights.values())
+        pruned = any(bool((f == 0).any()) for f in self._factors.values())
+        strayed, known = Ranks.holding(list(parameters.values())).totals([left, pruned])
+        if strayed or known:
+            self._stray = strayed > 0
+
+    def _cut(self, parameters: Parameters, optimizers: Iterable[Optimizer]) -> None:
+        """Zero pruned weights, and what optimizers remember of them: momentum would move them.
+
+        State is numbers of the shape of their parameter; anything else (a step counter, a factored
+        or an 8-bit moment) is left alone.
+        """
+        self._scale({n: parameters[n].detach() for n in self._factors})
+        for optimizer in optimizers:
+            for name, factor in self._factors.items():
+                parameter = parameters[name]
+                for value in optimizer.state.get(parameter, {}).values():
+                    if _like_weights(value, parameter):
+                        local(value).mul_(factor)
+
+    def _scale(self, tensors: Mapping[str, Tensor | None]) -> None:
+        parts = [local(t) for t in tensors.values() if t is not None]
+        if parts:
+            torch._foreach_mul_(parts, [self._factors[n] for n in tensors])
+
+
+def _projected(bound: BoundScheme) -> list[str]:
+    """The parameters whose kept values a stage changes."""
+    stages = [(s, targets) for s, targets in bound.stages if s.order != PRUNE]
+    names = {name for stage, targets in stages for name in stage.names(targets)}
+    return [name for name in bound.names if name in names]
+
+
+def _like_weights(value: object, parameter: Tensor) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    return value.shape == parameter.shape and value.is_floating_point()
