@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_condensa.callbacks.averaging import is_averaged, move_behind_averaging
@@ -39,12 +40,15 @@ from lightning_condensa.schemes import BoundScheme, Scheme
 class CondensaCallback(Callback):
     """Compress the module while it trains, with the L-C algorithm; after ``fit`` it holds θ.
 
-    The user's own optimizer, precision, accumulation and clipping stay as they are: the penalty
-    enters as a gradient, after unscaling and all-reduce and before clipping. Validation and test
-    during ``fit``, checkpoints, early stopping and loggers see the compressed model, under the
-    scheme's final density from the first epoch on. Checkpoints hold θ in ``state_dict``, so that
-    they load into the plain module, and the training weights beside it, so that ``fit`` resumes
-    bit for bit.
+    The user's own optimizer, precision, accumulation and clipping stay as they are: pruned weights
+    get no gradient, and what a scheme rounds is pulled to Δ(θ) after the optimizer's step (the
+    paper's penalty enters as a gradient, after unscaling and all-reduce and before clipping). A
+    module that is sparse already is a warm start: the ramp begins at its density.
+
+    Validation and test during ``fit``, checkpoints, early stopping and loggers see the compressed
+    model, under the scheme's final density from the first epoch on. Checkpoints hold θ in
+    ``state_dict``, so that they load into the plain module, and the training weights beside it, so
+    that ``fit`` resumes bit for bit.
 
     With ``ModelParallelStrategy`` (FSDP2, tensor parallelism) all of it stays sharded like the
     parameters; for a checkpoint training weights and buffers are gathered in the CPU memory of the
@@ -52,8 +56,10 @@ class CondensaCallback(Callback):
     saves is a collective call, which every process has to make. ``FSDPStrategy`` and
     ``DeepSpeedStrategy`` are refused.
 
-    Memory: two buffers per compressed parameter (θ and ``μΔ(θ) + λ``), a third one during a
-    C-step and during validation, and with ``monitor`` a copy of the best model on the CPU.
+    Memory, in numbers per weight: one where it is pruned, one where its value is projected, and in
+    the last steps before a C-step one more where it is pruned; two with the paper's preset, θ and
+    ``μΔ(θ) + λ``. During a C-step and validation there is another copy, and with ``monitor`` one of
+    the best model on the CPU.
 
     Args:
         scheme: What to compress, and how; a mapping as :meth:`Scheme.to_config` writes it, too.
@@ -96,6 +102,7 @@ class CondensaCallback(Callback):
         self.bn_batches = bn_batches
         self._bound: BoundScheme | None = None
         self._parameters: dict[str, Tensor] = {}
+        self._sharded = False
         self._deployment: Deployment | None = None
         self._run: LCRun | None = None
         self._best: Snapshot | None = None
@@ -142,6 +149,7 @@ class CondensaCallback(Callback):
         self._bound = self.scheme.bind(pl_module)
         named = dict(pl_module.named_parameters())
         self._parameters = {name: named[name] for name in self._bound.names}
+        self._sharded = any(isinstance(p, DTensor) for p in self._parameters.values())
         self._run = None
         check_trainer(trainer, self.monitor)
         self._deployment = Deployment(trainer, pl_module, self._parameters, self.bn_batches)
@@ -170,6 +178,9 @@ class CondensaCallback(Callback):
             log_c_step(trainer, self._run.start(), self._run.plan)
         else:
             self._run.load_state_dict(restored["run"])
+            if pl_module.automatic_optimization and restored["seen"] != trainer.global_step:
+                # Saved by a callback whose turn after the optimizer's step came before ours.
+                self._run.after_step(trainer.optimizers)
             best, module = restored["best"], self._deployment.module
             self._best = None if best is None else Snapshot.from_state(best, module)
 
@@ -219,7 +230,8 @@ class CondensaCallback(Callback):
         if (accumulating and pl_module.automatic_optimization) or not trains(trainer, pl_module):
             return
         self._seen_global_step = trainer.global_step
-        reshard(pl_module)
+        if self._sharded:
+            reshard(pl_module)
         c_step = self._run.after_step(trainer.optimizers)
         if c_step is not None:
             check_unchanged(pl_module, self.scheme, self._parameters)
@@ -311,6 +323,7 @@ class CondensaCallback(Callback):
         return {
             "scheme": scheme_text(self.scheme),
             "start": self._start,
+            "seen": self._seen_global_step,
             "run": gathered(self._run.state_dict()),
             "best": None if self._best is None else gathered(self._best.state_dict()),
         }

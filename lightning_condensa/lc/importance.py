@@ -58,15 +58,20 @@ class Importance:
     def weigh(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The metric for the C-step, placed like the parameters; forgets the gradients.
 
-        Empty, for plain magnitudes, unless all parameters have had gradients, and finite ones:
-        there is no common measure with one that the loss does not reach, nor with one whose
-        gradients overflowed in mixed precision.
+        A parameter that the loss does not reach (a frozen one) counts like the average weight.
+        Empty, for plain magnitudes, where no gradient was seen or one overflowed in mixed
+        precision.
         """
         squares, self._squares = self._squares, {}
-        if squares.keys() != parameters.keys() or _overflowed(squares, parameters):
+        if not squares or _overflowed(squares, parameters):
             return {}
-        metric = {n: s.pow_(self.exponent / 2).clamp_(min=_FLOOR) for n, s in squares.items()}
-        return {n: like(m, parameters[n]) for n, m in metric.items()}
+        powers = {n: s.pow_(self.exponent / 2).clamp_(min=_FLOOR) for n, s in squares.items()}
+        unseen = [n for n in parameters if n not in powers]
+        if unseen:
+            average = _mean(powers, parameters)
+            for name in unseen:
+                powers[name] = torch.full_like(local(parameters[name]), average)
+        return {n: like(p, parameters[n]) for n, p in powers.items()}
 
     def state_dict(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         """The sums, placed like the parameters."""
@@ -81,3 +86,13 @@ def _overflowed(squares: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
     """Whether a sum is not finite, on any process."""
     bad = [not bool(s.sum().isfinite()) for s in squares.values()]
     return any(Ranks.holding(list(parameters.values())).totals(bad))
+
+
+def _mean(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float:
+    """The mean of all elements, on all processes."""
+    ranks = Ranks.holding([parameters[n] for n in values])
+    own = [v for n, v in values.items() if ranks.own(parameters[n])]
+    sums = [v.sum(dtype=torch.float64).to(ranks.device) for v in own]
+    total = torch.stack([*sums, torch.zeros((), dtype=torch.float64, device=ranks.device)]).sum()
+    count = ranks.totals([sum(v.numel() for v in own)])[0]
+    return float(ranks.sum(total)) / count

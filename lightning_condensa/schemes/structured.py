@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -178,6 +178,10 @@ class NMPrune(Scheme):
                     f"{target.shape[1]} inputs of {target.name} {target.shape}; "
                     f"leave it out with exclude="
                 )
+
+    def relaxed(self, progress: float) -> NMPrune:
+        """``n`` part of the way down from ``m``."""
+        return replace(self, n=round(self.m - (self.m - self.n) * progress))
 
     def compress(
         self, theta: Mapping[str, Encoded], targets: Sequence[Target]

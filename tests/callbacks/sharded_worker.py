@@ -48,7 +48,7 @@ from lightning_condensa.functional.placement import local, reshard, whole
 from lightning_condensa.lc import LCRun, make_schedule
 from lightning_condensa.schemes import Compose, Encoded, Prune, Quantize, Scheme
 
-STEPS, SAVED = 14, 8
+STEPS, SAVED = 12, 7
 PRUNE = Prune(0.1)
 BOTH = Compose([Prune(0.2), Quantize("int8")])
 

@@ -167,6 +167,23 @@ def test_interrupted_at_any_step(  # type: ignore[no-untyped-def]
     )
 
 
+def test_saved_by_a_callback_whose_turn_is_before_ours(  # type: ignore[no-untyped-def]
+    stateful_net, trainer, loader, tmp_path
+) -> None:
+    scheme, l_steps = SCHEMES[1], 6
+    callback = callback_of(scheme, l_steps)
+    plan = callback.schedule.plan(EPOCHS * BATCHES, projects=True)
+    saver = SaveAt(tmp_path, {plan.c_steps[2], plan.c_steps[2] + 1, plan.l_end})
+    torch.manual_seed(0)
+    module = stateful_net("adamw", scheduler=True)
+    options = {"max_epochs": EPOCHS, "limit_val_batches": 1}
+    trainer(saver, callback, **options).fit(module, loader, loader)
+    for step in saver.steps:
+        other, resumed = stateful_net("adamw", scheduler=True), callback_of(scheme, l_steps)
+        trainer(resumed, **options).fit(other, loader, loader, ckpt_path=saver.file(step))
+        assert_same(module, other, [callback, resumed])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=["p", "p+q"])
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
