@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +39,7 @@ def environment() -> dict[str, Any]:
     Returns:
         A dictionary that fits into JSON. Versions are those of the installed packages; a
         package that is not installed is left out. Absolute paths on the command line are
-        shortened to their last part.
+        shortened to their last part. ``malloc`` holds what is set of glibc's allocator.
     """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -47,6 +50,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
         "versions": _versions(),
     }
 
@@ -66,11 +70,32 @@ def write_results(name: str, payload: dict[str, Any], folder: Path = RESULTS) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    text = json.dumps({"environment": environment(), **payload}, indent=2) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    _replace(path, json.dumps({"environment": environment(), **payload}, indent=2))
     return path
+
+
+def update_results(
+    name: str, change: Callable[[dict[str, Any]], None], folder: Path = RESULTS
+) -> None:
+    """Change ``folder/<name>.json``, which several processes may do at the same time.
+
+    Lists of records are written a record per line.
+
+    Args:
+        name: File name without its suffix.
+        change: Changes the payload in place; it gets an empty one where there is no file yet.
+        folder: Where to write; made if missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself, so that no lock file stays behind
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        payload = read_results(name, folder)
+        change(payload)
+        parts = (f"{json.dumps(key)}: {_lines(value)}" for key, value in payload.items())
+        _replace(folder / f"{name}.json", "{\n" + ",\n".join(parts) + "\n}")
+    finally:
+        os.close(lock)
 
 
 def read_results(name: str, folder: Path = RESULTS) -> dict[str, Any]:
@@ -91,6 +116,24 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     """
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return statistics.fmean(values), spread
+
+
+def silence() -> None:
+    """Keep Lightning's start-up messages out of the tables."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list):
+        return json.dumps(value, indent=2)
+    return "[\n" + ",\n".join(json.dumps(record) for record in value) + "\n]"
+
+
+def _replace(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text + "\n")
+    Path(file.name).replace(path)
 
 
 def _short(argument: str) -> str:

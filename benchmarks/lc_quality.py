@@ -1,194 +1,270 @@
-"""Accuracy of compressed digits networks at equal optimizer steps, method by method.
+"""Accuracy of compressed networks at equal optimizer steps: method by method, task by task.
 
-Every method starts from the same dense weights, sees batches of 64 for the same number of
-optimizer steps (1,536 by default) and is judged by the test accuracy of what it ships, θ.
-Methods can be run one by one, in different environments, into one result file::
+Every method starts from the same dense weights, trains for the same number of optimizer steps and
+is judged by the test metric of the θ that it ships, its last. Each cell (task, method, density,
+budget, seed) is written as soon as it is there and not computed twice, so a run can be broken off
+and taken up, and the methods can be run one by one, in different environments and at the same
+time::
 
-    python benchmarks/lc_quality.py --methods ours paper gradual gradual-distilled
-    python benchmarks/lc_quality.py --methods reference --merge
+    python benchmarks/lc_quality.py --methods ours gradual --tasks digits-cnn
+    python benchmarks/lc_quality.py --methods ours --redo ours --data DATA
 
-The dense networks are trained once and kept in a scratch folder.
+`tune_peers.py` must have been run before.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from common import RESULTS, environment, mean_sd, read_results, write_results
-from digits import (
-    QUIET,
-    STEPS_PER_EPOCH,
-    DigitsCNN,
-    Start,
-    accuracy,
-    add_task_arguments,
-    dense_start,
-    density,
-    silence,
+from common import RESULTS, environment, read_results, silence, update_results
+from gradual import prunable
+from held_out import HELD_OUT
+from peers import Peers, fit, optimizer_steps, pruned
+from reference import covers
+from tasks import TASKS, Start, TaskModule, dense_start
+
+import lightning_condensa
+from lightning_condensa import CondensaCallback, Prune
+
+NAME = "lc_quality"
+
+# Methods that use nothing of this package but the selection of weights.
+PEERS = (
+    "gradual",
+    "gradual-distilled",
+    "model-pruning",
+    "one-shot",
+    "one-shot-distilled",
+    "reference",
 )
-from gradual import DistilledCNN, GradualPruning
-from reference import compress, tuned_schedule
 
-NAME = "lc_quality_digits"
-LR = 0.05
-
-Method = Callable[[Start, float, int], DigitsCNN]
+Method = Callable[[Start, float, int], TaskModule]
+Key = tuple[str, str, float, int, int]
 
 
-class PaperCNN(DigitsCNN):
-    """The digits network under plain Nesterov SGD: the L-C callback drives the learning rate."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:  # type: ignore[override]
-        """Return the optimizer of the network without its cosine."""
-        return torch.optim.SGD(
-            self.parameters(),
-            lr=self.hparams["lr"],
-            momentum=self.hparams["momentum"],
-            weight_decay=self.hparams["weight_decay"],
-            nesterov=True,
-        )
-
-
-def fit(model: DigitsCNN, start: Start, callback: pl.Callback, steps: int) -> DigitsCNN:
-    """Run a compressing callback for a number of optimizer steps."""
-    model.load_state_dict(start.weights)
-    pl.seed_everything(start.seed, verbose=False)
-    trainer = pl.Trainer(
-        max_epochs=steps // STEPS_PER_EPOCH, callbacks=[callback], accelerator="cpu", **QUIET
-    )
-    trainer.fit(model, datamodule=start.data)
-    if trainer.global_step != steps:
-        raise RuntimeError(f"{trainer.global_step} optimizer steps, the budget is {steps}")
-    return model
-
-
-def ours(start: Start, target: float, steps: int) -> DigitsCNN:
+def ours(start: Start, density: float, epochs: int) -> TaskModule:
     """L-C with this package's defaults."""
-    from lightning_condensa import CondensaCallback, Prune
-
-    callback = CondensaCallback(Prune(target), monitor="val_acc", mode="max")
-    return fit(DigitsCNN(lr=LR), start, callback, steps)
+    return fit(start.module(), start, [CondensaCallback(Prune(density))], epochs)
 
 
-def paper(start: Start, target: float, steps: int) -> DigitsCNN:
-    """The published L-C through this package, on the schedule tuned for the reference."""
-    from lightning_condensa import CondensaCallback, Prune
+def ours_distilled(start: Start, density: float, epochs: int) -> TaskModule:
+    """The same, taught by the dense network."""
+    from lightning_condensa import Distillation
 
-    schedule = tuned_schedule()
-    callback = CondensaCallback(
-        Prune(target),
-        preset="paper",
-        schedule=schedule.callback_arguments(steps),
-        monitor="val_loss",
-        mode="min",
-    )
-    model = PaperCNN(schedule.lr, schedule.momentum, schedule.weight_decay)
-    return fit(model, start, callback, steps)
+    callbacks = [CondensaCallback(Prune(density)), Distillation(weight=0.5, temperature=4.0)]
+    return fit(start.module(), start, callbacks, epochs)
 
 
-def reference(start: Start, target: float, steps: int) -> DigitsCNN:
-    """The published L-C as the reference package implements it."""
-    return compress(start, target, tuned_schedule(), steps)
-
-
-def gradual(start: Start, target: float, steps: int) -> DigitsCNN:
-    """Gradual magnitude pruning."""
-    return fit(DigitsCNN(lr=LR), start, GradualPruning(target), steps)
-
-
-def gradual_distilled(start: Start, target: float, steps: int) -> DigitsCNN:
-    """Gradual magnitude pruning, taught by the dense network."""
-    return fit(DistilledCNN(start.model(), lr=LR), start, GradualPruning(target), steps)
-
-
-METHODS: dict[str, Method] = {
-    "ours": ours,
-    "paper": paper,
-    "reference": reference,
-    "gradual": gradual,
-    "gradual-distilled": gradual_distilled,
-}
-
-
-def run_cell(method: Method, start: Start, target: float, steps: int) -> dict[str, Any]:
-    """Compress once and measure θ."""
-    begin = time.perf_counter()
-    theta = method(start, target, steps)
+def methods(tuning: Path) -> dict[str, Method]:
+    """Every method by name; the folder is that of the peers' tuned settings."""
+    peers = Peers(tuning)
     return {
-        "seed": start.seed,
-        "density": target,
-        "test_acc": accuracy(theta, start.data.test),
-        "val_acc": accuracy(theta, start.data.val),
-        "measured_density": density(theta),
-        "seconds": round(time.perf_counter() - begin, 2),
+        "ours": ours,
+        "ours-distilled": ours_distilled,
+        "gradual": peers.gradual,
+        "gradual-distilled": partial(peers.gradual, distilled=True),
+        "model-pruning": peers.model_pruning,
+        "one-shot": partial(pruned, ramp=0.0),
+        "one-shot-distilled": partial(pruned, ramp=0.0, distilled=True),
+        "reference": peers.reference,
+        "paper": peers.paper,
     }
 
 
-def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean and standard deviation of the test accuracy, one row a density."""
-    rows = []
-    for target in sorted({cell["density"] for cell in cells}, reverse=True):
-        scores = [cell["test_acc"] for cell in cells if cell["density"] == target]
-        mean, sd = mean_sd(scores)
-        rows.append({"density": target, "seeds": len(scores), "mean": mean, "sd": sd})
-    return rows
+def source_of(method: str) -> str:
+    """A hash of the code that a method's result depends on: this package's or the peers'."""
+    here = Path(__file__).parent
+    files = [here / f"{m}.py" for m in ("gradual", "networks", "peers", "reference", "tasks")]
+    if method not in PEERS:
+        package = Path(lightning_condensa.__file__).parent
+        parts = ("callbacks", "functional", "lc", "schemes")
+        files = sorted(path for part in parts for path in (package / part).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
-def table(results: dict[str, Any]) -> str:
-    """Render the summaries: methods down, densities across, percent."""
-    mean, sd = mean_sd([cell["test_acc"] for cell in results["dense"]])
-    lines = [f"dense: {100 * mean:.2f} ± {100 * sd:.2f} %"]
-    for method, record in results["methods"].items():
-        entries = [
-            f"{100 * row['density']:g} %: {100 * row['mean']:6.2f} ± {100 * row['sd']:.2f}"
-            for row in record["summary"]
-        ]
-        lines.append(f"{method:>18}  " + "   ".join(entries))
-    return "\n".join(lines)
+def key_of(cell: dict[str, Any]) -> Key:
+    """What makes a cell the one it is."""
+    return cell["task"], cell["method"], cell["density"], cell["budget"], cell["seed"]
+
+
+def run_cell(
+    name: str, method: Method, start: Start, density: float, budget: int
+) -> dict[str, Any]:
+    """Compress once and measure θ.
+
+    Raises:
+        RuntimeError: If θ does not have the density.
+    """
+    task = start.task
+    begin = time.perf_counter()
+    theta = method(start, density, budget * task.epochs)
+    seconds = time.perf_counter() - begin
+    weights = prunable(theta)
+    total = sum(w.numel() for w in weights)
+    kept = sum(int(w.count_nonzero()) for w in weights)
+    # The reference package rounds down.
+    wanted = int(density * total) if name == "reference" else round(density * total)
+    if kept != wanted:
+        raise RuntimeError(f"{name} kept {kept} of {total} weights, density {density} is {wanted}")
+    return {
+        "task": task.name,
+        "method": name,
+        "density": density,
+        "budget": budget,
+        "seed": start.seed,
+        "test": task.measure(theta, start.splits.test),
+        "val": task.measure(theta, start.splits.val),
+        "nonzeros": kept,
+        "weights": total,
+        "optimizer_steps": optimizer_steps(start, budget * task.epochs),
+        "seconds": round(seconds, 1),
+        "source": source_of(name),
+    }
+
+
+class Study:
+    """The result file, which other processes may be writing, too."""
+
+    def __init__(self, folder: Path, name: str = NAME) -> None:
+        self.folder = folder
+        self.name = name
+
+    def cells(self) -> dict[Key, dict[str, Any]]:
+        """All cells so far."""
+        cells = read_results(self.name, self.folder).get("cells", [])
+        return {key_of(cell): cell for cell in cells}
+
+    def drop(self, keys: set[Key]) -> None:
+        """Forget some cells."""
+        self._put([], lambda cell: key_of(cell) not in keys)
+
+    def add(self, cell: dict[str, Any]) -> None:
+        """Write a cell in the place of an older one."""
+        self._put([cell], lambda other: key_of(other) != key_of(cell))
+
+    def _put(self, added: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> None:
+        def change(results: dict[str, Any]) -> None:
+            environments = results.setdefault("environments", [])
+            here = _environment_index(environments) if added else 0
+            cells = [cell for cell in results.get("cells", []) if keep(cell)]
+            cells += [{**cell, "environment": here} for cell in added]
+            results.setdefault("dense", [])
+            results["cells"] = sorted(cells, key=key_of)
+
+        update_results(self.name, change, self.folder)
+
+    def add_dense(self, start: Start, budget: int) -> None:
+        """Write the metrics of the dense network that a seed's cells of a budget begin from.
+
+        Another processor trains another network: what was begun on one has to be ended there.
+
+        Raises:
+            RuntimeError: If this budget's cells so far began from other weights.
+        """
+        task = start.task
+        digest = hashlib.sha256()
+        for name in sorted(start.weights):
+            digest.update(start.weights[name].contiguous().numpy().tobytes())
+        place = {"task": task.name, "seed": start.seed, "budget": budget}
+        record = {**place, "weights": digest.hexdigest()[:12]}
+        known = read_results(self.name, self.folder).get("dense", [])
+        for other in known:
+            if place.items() <= other.items():
+                if other["weights"] != record["weights"]:
+                    raise RuntimeError(
+                        f"seed {start.seed} of {task.name} has another dense network than the "
+                        f"results in {self.folder.name}: recompute them in another folder"
+                    )
+                return
+        record["metric"] = task.metric
+        record["test"] = task.measure(start.module(), start.splits.test)
+        record["val"] = task.measure(start.module(), start.splits.val)
+
+        def change(results: dict[str, Any]) -> None:
+            results.setdefault("environments", [])
+            results.setdefault("dense", []).append(record)
+            results["dense"].sort(key=lambda r: (r["task"], r["seed"], r["budget"]))
+
+        update_results(self.name, change, self.folder)
+
+
+def _environment_index(environments: list[dict[str, Any]]) -> int:
+    """The index of this process's environment, appended if it is new but for the date."""
+    here = environment()
+    for index, other in enumerate(environments):
+        if {**other, "date": here["date"]} == here:
+            return index
+    environments.append(here)
+    return len(environments) - 1
+
+
+def run(study: Study, wanted: Sequence[Key], data: Path | None, table: dict[str, Method]) -> None:
+    """Compute the wanted cells that are missing, in their order."""
+    known = {**TASKS, HELD_OUT.name: HELD_OUT}
+    start: Start | None = None
+    for key in wanted:
+        task, name, density, budget, seed = key
+        if key in study.cells():
+            continue
+        if start is None or (start.task.name, start.seed) != (task, seed):
+            start = dense_start(known[task], seed, data)
+        study.add_dense(start, budget)
+        if name == "reference" and not covers(start.module()):
+            continue
+        cell = run_cell(name, table[name], start, density, budget)
+        study.add(cell)
+        print({k: cell[k] for k in (*_SHOWN, "test", "val", "seconds")}, flush=True)
+
+
+_SHOWN = ("task", "method", "density", "budget", "seed")
+
+
+def warn_of_stale(cells: dict[Key, dict[str, Any]]) -> None:
+    """Say which methods have cells that other code computed."""
+    for name in sorted({method for _, method, *_ in cells}):
+        now = source_of(name)
+        stale = sum(c["source"] != now for k, c in cells.items() if k[1] == name)
+        if stale:
+            print(f"{stale} cells of {name} are of other sources: --redo {name} recomputes them")
 
 
 def main() -> None:
-    """Run the methods asked for and write the results after every cell."""
+    """Run what was asked for and write the results after every cell."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--merge", action="store_true", help="keep other methods' results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
-    add_task_arguments(parser)
+    names = list(methods(RESULTS))
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=names, default=names)
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--densities", type=float, nargs="+", help="instead of each task's own")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--budgets", type=int, nargs="+", default=[1, 4], help="in multiples of a task's epochs")
+    add("--redo", nargs="+", choices=names, default=[], help="forget these methods' cells first")
+    add("--data", type=Path, help="folder of cifar10/ and tinyshakespeare/")
+    add("--out", type=Path, default=RESULTS, help="folder of the result file")
+    add("--tuning", type=Path, help="folder of the tuned settings, if not --out")
     options = parser.parse_args()
     silence()
     torch.set_num_threads(1)
-    steps = options.epochs * STEPS_PER_EPOCH
-    task = {"optimizer_steps": steps, "batch_size": 64, "dense_epochs": options.dense_epochs}
-
-    starts = [dense_start(seed, options.dense_epochs) for seed in options.seeds]
-    dense = [{"seed": s.seed, "test_acc": accuracy(s.model(), s.data.test)} for s in starts]
-    kept = read_results(NAME, options.out) if options.merge else {}
-    if kept and (kept["task"], kept["dense"]) != (task, dense):
-        parser.error("cannot merge: the result file is of another task or of other dense networks")
-    results = {"task": task, "dense": dense, "methods": kept.get("methods", {})}
-
-    for name in options.methods:
-        cells: list[dict[str, Any]] = []
-        results["methods"][name] = record = {
-            "environment": environment(),
-            "schedule": asdict(tuned_schedule()) if name in ("paper", "reference") else None,
-            "cells": cells,
-        }
-        for start in starts:
-            for target in options.densities:
-                cells.append(run_cell(METHODS[name], start, target, steps))
-                record["summary"] = summarize(cells)
-                write_results(NAME, results, options.out)
-                print(name, cells[-1], flush=True)
-    print(table(results))
+    study = Study(options.out)
+    wanted = [
+        (task, method, density, budget, seed)
+        for budget in options.budgets
+        for task in options.tasks
+        for seed in options.seeds
+        for method in options.methods
+        for density in options.densities or TASKS[task].densities
+    ]
+    if options.redo:
+        study.drop({key for key in wanted if key[1] in options.redo})
+    run(study, wanted, options.data, methods(options.tuning or options.out))
+    warn_of_stale(study.cells())
 
 
 if __name__ == "__main__":

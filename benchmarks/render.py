@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,63 +64,249 @@ def demo() -> str:
     return table(header, rows) + source(results)
 
 
-def lc_quality() -> str:
-    """Test accuracy of every method at every density."""
-    results = read_results("lc_quality_digits")
-    labels = {
-        "ours": "**L-C, default**",
-        "paper": '`preset="paper"`',
-        "reference": "reference package, tuned",
-        "gradual": "gradual magnitude pruning",
-        "gradual-distilled": "gradual, distilled",
-    }
-    densities = sorted(
-        {c["density"] for m in results["methods"].values() for c in m["cells"]}, reverse=True
-    )
+METHODS = {
+    "ours": "L-C, default",
+    "ours-distilled": "L-C, distilled",
+    "gradual": "gradual magnitude pruning",
+    "gradual-distilled": "gradual, distilled",
+    "model-pruning": "Lightning's `ModelPruning`",
+    "one-shot": "one-shot pruning",
+    "one-shot-distilled": "one-shot, distilled",
+    "reference": "reference package, tuned",
+    "paper": '`preset="paper"`',
+}
+BUDGETS = {1: "S", 4: "4S"}
+NONE = "–"
+RULES = """
+Every method ships its last θ. On seed 0's validation data were chosen, for each task: the ramp of
+gradual pruning and `ModelPruning`, the whole schedule of the reference and `preset="paper"`, and
+nothing for L-C. Bold: the best, and what is within one standard deviation, the best's, of it. The
+reference cannot prune attention and LSTM.
+"""
+
+
+class Study:
+    """The cells of the accuracy study, ready for tables.
+
+    Attributes:
+        scores: Test metric of every seed by (task, density, budget) and method.
+        metrics: ``"acc"`` or ``"bpc"`` by task.
+        methods: Those with any result, in the order of the tables.
+    """
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.results = results
+        self.scores: dict[tuple[str, float, int], dict[str, list[float]]] = {}
+        for c in results["cells"]:
+            place = self.scores.setdefault((c["task"], c["density"], c["budget"]), {})
+            place.setdefault(c["method"], []).append(c["test"])
+        self.metrics = {d["task"]: d["metric"] for d in results["dense"]}
+        self.methods = [m for m in METHODS if any(m in place for place in self.scores.values())]
+
+    def leaders(self, place: tuple[str, float, int], methods: Sequence[str]) -> list[str]:
+        """The best of some methods, then those within one sd, its own, of it."""
+        found = {m: mean_sd(v) for m, v in self.scores[place].items() if m in methods}
+        sign = -1 if self.metrics[place[0]] == "bpc" else 1
+        order = sorted(found, key=lambda m: -sign * found[m][0])
+        mean, sd = found[order[0]]
+        return [m for m in order if sign * (mean - found[m][0]) <= sd]
+
+    def table(self, task: str, budgets: Sequence[int]) -> str:
+        """Methods down, densities and budgets across; the leaders bold."""
+        columns = sorted(
+            ((b, -d) for t, d, b in self.scores if t == task and b in budgets),
+        )
+        places = [(task, -d, b) for b, d in columns]
+        header = ["density", *(_column(d, b, len(budgets) > 1) for _, d, b in places)]
+        rows = [[METHODS[m], *(self._entry(place, m) for place in places)] for m in self.methods]
+        return table(header, rows) + self._note(task, budgets)
+
+    def _entry(self, place: tuple[str, float, int], method: str) -> str:
+        found = self.scores[place].get(method)
+        if found is None:
+            return NONE
+        text = spread(mean_sd(found), self._digits(place[0]))
+        return f"**{text}**" if method in self.leaders(place, self.methods) else text
+
+    def _note(self, task: str, budgets: Sequence[int]) -> str:
+        cells = [c for c in self.results["cells"] if c["task"] == task and c["budget"] in budgets]
+        steps = {BUDGETS[c["budget"]]: c["optimizer_steps"] for c in cells}
+        lengths = ", ".join(f"{name} is {n:,} optimizer steps" for name, n in steps.items())
+        records = [d for d in self.results["dense"] if d["task"] == task]
+        networks = {d["weights"]: d["test"] for d in records if d["budget"] in budgets}
+        dense = list(networks.values())
+        seeds = len({d["seed"] for d in records})
+        unit = "bits per character, less is better"
+        if self.metrics[task] == "acc":
+            unit = "accuracy in %"
+        return (
+            f"\nTest {unit}, mean ± sd of {seeds} seeds; dense "
+            f"{spread(mean_sd(dense), self._digits(task))}; {lengths}.\n"
+        )
+
+    def _digits(self, task: str) -> int:
+        return 3 if self.metrics[task] == "bpc" else 1
+
+    def wins(self) -> str:
+        """In how many cells each method leads, among all and among those taught alike."""
+        alike = {m: [o for o in self.methods if _taught(o) == _taught(m)] for m in self.methods}
+        rows = []
+        for m in self.methods:
+            places = [p for p, found in self.scores.items() if m in found]
+            row = [METHODS[m], str(len(places))]
+            for rivals in (self.methods, alike[m]):
+                leaders = [self.leaders(p, rivals) for p in places]
+                row.append(str(sum(names[0] == m for names in leaders)))
+                row.append(str(sum(m in names for names in leaders)))
+            rows.append(row)
+        header = ["", "cells", "best", "within 1 sd", "best, same teaching", "within 1 sd"]
+        return table(header, rows)
+
+    def source(self) -> str:
+        """Where the figures come from, in a line."""
+        used = [self.results["environments"][c["environment"]] for c in self.results["cells"]]
+        torches = ", ".join(sorted({e["versions"]["torch"] for e in used}))
+        cpus = ", ".join(sorted({e["cpu"] for e in used}))
+        days = sorted({e["date"][:10] for e in used})
+        return (
+            f"\n`benchmarks/lc_quality.py`, torch {torches}, {cpus}, "
+            f"{used[0]['torch_threads']} thread(s), {', '.join(days)}.\n"
+        )
+
+
+def _column(density: float, budget: int, with_budget: bool) -> str:
+    return f"{density:.1%}" + (f", {BUDGETS[budget]}" if with_budget else "")
+
+
+def _taught(method: str) -> bool:
+    return method.endswith("-distilled")
+
+
+def lc_quality() -> str | None:
+    """Accuracy on the digits network, and in how many cells of the study each method leads."""
+    results = read_results("lc_quality")
+    if not results:
+        return None
+    study = Study(results)
+    wins = f"\nOver all cells of the study (task × density × budget):\n\n{study.wins()}"
+    return study.table("digits-cnn", [1]) + wins + study.source()
+
+
+def lc_quality_tasks() -> str | None:
+    """Accuracy on every task."""
+    results = read_results("lc_quality")
+    if not results:
+        return None
+    study = Study(results)
+    tables = (f"### {task}\n\n{study.table(task, list(BUDGETS))}\n" for task in study.metrics)
+    return "".join(tables) + f"### All tasks\n\n{study.wins()}{RULES}{study.source()}"
+
+
+def lc_study() -> str | None:
+    """Each setting against the defaults, by task: the mean difference of equal cells."""
+    results = read_results("lc_study")
+    if not results:
+        return None
+    metrics = {d["task"]: d["metric"] for d in results["dense"]}
+    scores: dict[tuple[str, str], dict[tuple[float, int], float]] = {}
+    for c in results["cells"]:
+        scores.setdefault((c["task"], c["method"]), {})[c["density"], c["seed"]] = c["test"]
+    tasks = list(dict.fromkeys(task for task, _ in scores))
     rows = []
-    for method, label in labels.items():
-        if method not in results["methods"]:
-            continue
-        cells = results["methods"][method]["cells"]
-        row = [label]
-        for density in densities:
-            found = [100 * c["test_acc"] for c in cells if c["density"] == density]
-            row.append(spread(mean_sd(found)) if found else "")
+    for variant in dict.fromkeys(c["method"] for c in results["cells"]):
+        row = [variant]
+        for task in tasks:
+            base, own = scores.get((task, "default"), {}), scores.get((task, variant), {})
+            unit = -100 if metrics[task] == "bpc" else 1
+            gains = [unit * (own[cell] - base[cell]) for cell in own if cell in base]
+            row.append(f"{spread(mean_sd(gains))} ({len(gains)})" if gains else NONE)
         rows.append(row)
-    dense = mean_sd([100 * d["test_acc"] for d in results["dense"]])
-    seeds = len(results["dense"])
+    rows.sort(key=lambda row: (row[0] != "default", row[0]))
     note = (
-        f"\nTest accuracy in %, mean ± sd of {seeds} seeds, after "
-        f"{results['task']['optimizer_steps']:,} optimizer steps of batch "
-        f"{results['task']['batch_size']}; dense {spread(dense)}.\n"
+        "\nMean ± sd, over densities and seeds (how many), of the difference to the default in "
+        "points of test accuracy, or in hundredths of a bit per character; more is better.\n"
     )
-    return table(["density", *(f"{d:.1%}" for d in densities)], rows) + note + source(results)
+    return table(["", *tasks], rows) + note
 
 
-def lc_overhead() -> str:
-    """Step ratio and C-step seconds."""
-    results = read_results("lc_overhead")
-    steps = table(
-        ["weights", *results["steps"]],
-        [
+OVERHEAD_FILES = ("lc_overhead", "lc_overhead_cuda_fp32", "lc_overhead_cuda_bf16")
+C_STEPS = {
+    "condensa": "C-step",
+    "metric": "times a metric",
+    "floors": "with floors",
+    "topk": "`topk`",
+    "kthvalue": "`kthvalue`",
+}
+STEPS_NOTE = """\
+Times a plain step, median (range) of rounds. *Masked*: most steps, which zero the gradients of
+pruned weights; *window*: the 8 before a C-step, which also sum squared gradients; then a whole run
+of the default schedule with its C-steps, and the reference's L-step beside a plain loop.
+"""
+C_STEPS_NOTE = """\
+Median seconds, and peak memory per weight, results included: masks and θ of ours, only a threshold
+of `topk` and `kthvalue`. *Times a metric*: as in training; *with floors*: layers fall below
+`min_per_layer`; time grows with the number of weights to the power of the last row.
+"""
+
+
+def lc_overhead() -> str | None:
+    """Step ratios, ours and the reference's, and C-steps in time and memory, of each device."""
+    found = [results for name in OVERHEAD_FILES if (results := read_results(name))]
+    return "\n".join(map(_overhead, found)) if found else None
+
+
+def _overhead(results: dict[str, Any]) -> str:
+    """The two tables of one device."""
+    parts = []
+    if "steps" in results:
+        parts += [_overhead_steps(results), STEPS_NOTE + _overhead_source(results["steps"])]
+    if "c_steps" in results:
+        part = results["c_steps"]
+        parts += [_overhead_c_steps(part), C_STEPS_NOTE + _overhead_source(part)]
+    return "\n".join(parts)
+
+
+def _overhead_steps(results: dict[str, Any]) -> str:
+    """A plain step, and how many times longer other steps take."""
+    reference = {r["case"]: r for r in results.get("reference", {"rows": []})["rows"]}
+    rows = []
+    for r in results["steps"]["rows"]:
+        rows.append(
             [
-                name,
-                *(
-                    f"{row['plain_ms']:.0f} ms × {row['ratio_of_medians']:.3f}"
-                    for row in (by_size[name] for by_size in results["steps"].values())
-                ),
+                r["network"],
+                r["label"],
+                r["optimizer"],
+                f"{r['plain_ms']:.1f} ms",
+                *(_times(r["ratios"][kind]) for kind in ("masked", "window", "run")),
+                f"{r['c_step_ms']:.0f} ms",
+                _times(reference[r["case"]]["ratios"]) if r["case"] in reference else NONE,
             ]
-            for name in next(iter(results["steps"].values()))
-        ],
-    )
-    c_steps = table(
-        ["weights", "C-step", "`topk` threshold", "`kthvalue` threshold"],
-        [
-            [name, *(f"{row[way]:.3f} s" for way in ("condensa", "topk", "kthvalue"))]
-            for name, row in results["c_steps"].items()
-        ],
-    )
-    return f"{steps}\n{c_steps}{source(results)}"
+        )
+    whole = f"{results['steps']['run_steps']:,}-step run"
+    kinds = ["masked", "window", whole, "C-step", "reference's step"]
+    return table(["network", "weights", "optimizer", "plain step", *kinds], rows)
+
+
+def _overhead_c_steps(part: dict[str, Any]) -> str:
+    """Seconds, and peak extra bytes per weight; then the exponents of growth in the weights."""
+    rows = []
+    for r in part["rows"]:
+        ways = [r["ways"][way] for way in C_STEPS]
+        cells = (f"{w['median_s']:.3f} s, {w['peak_bytes'] / r['weights']:.0f} B" for w in ways)
+        rows.append([r["label"], *cells])
+    exponents = (", ".join(f"{e:.2f}" for e in part["growth"][way]) for way in C_STEPS)
+    return table(["weights", *C_STEPS.values()], [*rows, ["growth, exponent", *exponents]])
+
+
+def _overhead_source(part: dict[str, Any]) -> str:
+    """Where the figures come from, on which processor."""
+    e = part["environment"]
+    return source({"environment": e | {"cpu": e["cuda"]} if part["device"] == "cuda" else e})
+
+
+def _times(ratios: Sequence[float]) -> str:
+    """A median, and from where to where the rounds went."""
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 def search_1d() -> str:
@@ -141,17 +328,24 @@ def search_1d() -> str:
     return table(header, rows) + f"\n{len(results['seeds'])} problems each." + source(results)
 
 
-FIGURES: dict[str, Callable[[], str]] = {
+FIGURES: dict[str, Callable[[], str | None]] = {
     "demo": demo,
     "lc-quality": lc_quality,
+    "lc-quality-tasks": lc_quality_tasks,
+    "lc-study": lc_study,
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
 }
 
 
 def render(text: str) -> str:
-    """The text with every block's figures taken from the results."""
-    return BLOCK.sub(lambda m: f"{m[1]}{FIGURES[m['name']]()}{m[3]}", text)
+    """The text with every block's figures taken from the results, where there are results."""
+
+    def block(match: re.Match[str]) -> str:
+        figures = FIGURES[match["name"]]()
+        return match[0] if figures is None else f"{match[1]}{figures}{match[3]}"
+
+    return BLOCK.sub(block, text)
 
 
 def main() -> None:

@@ -297,6 +297,9 @@ def test_optimizers_keep_what_they_know_of_weights_that_are_kept() -> None:
             for name, mask in outside(c_step).items():
                 assert not moments[name][mask].any()
                 assert moments[name][~mask].any()
+                # Without a first moment it moves nothing, and zeros would make its root slow.
+                second = train.optimizer.state[train.weights[name]]["exp_avg_sq"]
+                assert (second[mask] > 0).any()
         states.append(moments)
     steps = {float(s["step"]) for s in train.optimizer.state.values()}
     assert steps == {40.0}  # a counter is no moment
