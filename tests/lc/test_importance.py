@@ -88,8 +88,8 @@ def test_the_ranking_is_magnitude_times_root_mean_square_gradient(exponent: floa
         # Each layer keeps one weight at least, which has no part here.
         best = np.argsort(-score, kind="stable")[:k]
         found = np.flatnonzero(kept(c_step.theta))
-        assert len(found) == k
-        assert set(score[found]) == set(score[best])  # several may have no gradient
+        # Scores are compared, not places: several weights may have no gradient.
+        np.testing.assert_array_equal(np.sort(score[found]), np.sort(score[best]))
         differs += set(best) != set(np.argsort(-magnitude, kind="stable")[:k])
     assert (differs > 0) == (exponent > 0)
 
@@ -106,8 +106,7 @@ def test_rows_are_ranked_in_the_same_metric(exponent: float) -> None:
         rows = (w["5.weight"] * metric).square().sum(1)
         k = round((1 - 0.75 * progress) * 16)
         mask = c_step.theta["5.weight"].mask
-        assert int(mask[:, 0].sum()) == k
-        assert set(rows[mask[:, 0]].tolist()) == set(rows.topk(k).values.tolist())
+        assert torch.equal(rows[mask[:, 0]].sort(descending=True).values, rows.topk(k).values)
         assert torch.equal(c_step.theta["5.bias"].mask, mask[:, 0])
 
 

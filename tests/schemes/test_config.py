@@ -206,6 +206,14 @@ def test_relaxed_runs_from_dense_to_compressed() -> None:
     assert bound.relaxed(1.0) is bound
 
 
+def test_n_of_m_falls_from_m() -> None:
+    module = linears(8, 8)
+    weights = dict(module.named_parameters())
+    bound = NMPrune(1, 4).bind(module)
+    kept = [bound.relaxed(p).pi(weights)["0.weight"].nnz for p in (0, 0.5, 1)]
+    assert kept == [64, 32, 16]
+
+
 # -- composition -----------------------------------------------------------------------------------
 
 
