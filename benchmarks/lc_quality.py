@@ -9,7 +9,7 @@ time::
     python benchmarks/lc_quality.py --methods ours gradual --tasks digits-cnn
     python benchmarks/lc_quality.py --methods ours --redo ours --data DATA
 
-`tune_peers.py` must have been run before.
+`tune.py` must have been run before.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ import torch
 from common import RESULTS, environment, read_results, silence, update_results
 from gradual import prunable
 from held_out import HELD_OUT
-from peers import Peers, fit, optimizer_steps, pruned
+from peers import Methods, optimizer_steps
 from reference import covers
 from tasks import TASKS, Start, TaskModule, dense_start
 
 import lightning_condensa
-from lightning_condensa import CondensaCallback, Prune
 
 NAME = "lc_quality"
 
@@ -41,7 +40,6 @@ PEERS = (
     "gradual-distilled",
     "model-pruning",
     "one-shot",
-    "one-shot-distilled",
     "reference",
 )
 
@@ -49,32 +47,18 @@ Method = Callable[[Start, float, int], TaskModule]
 Key = tuple[str, str, float, int, int]
 
 
-def ours(start: Start, density: float, epochs: int) -> TaskModule:
-    """L-C with this package's defaults."""
-    return fit(start.module(), start, [CondensaCallback(Prune(density))], epochs)
-
-
-def ours_distilled(start: Start, density: float, epochs: int) -> TaskModule:
-    """The same, taught by the dense network."""
-    from lightning_condensa import Distillation
-
-    callbacks = [CondensaCallback(Prune(density)), Distillation(weight=0.5, temperature=4.0)]
-    return fit(start.module(), start, callbacks, epochs)
-
-
 def methods(tuning: Path) -> dict[str, Method]:
-    """Every method by name; the folder is that of the peers' tuned settings."""
-    peers = Peers(tuning)
+    """Every method by name; the folder is that of the tuned settings."""
+    tuned = Methods(tuning)
     return {
-        "ours": ours,
-        "ours-distilled": ours_distilled,
-        "gradual": peers.gradual,
-        "gradual-distilled": partial(peers.gradual, distilled=True),
-        "model-pruning": peers.model_pruning,
-        "one-shot": partial(pruned, ramp=0.0),
-        "one-shot-distilled": partial(pruned, ramp=0.0, distilled=True),
-        "reference": peers.reference,
-        "paper": peers.paper,
+        "ours": tuned.ours,
+        "ours-distilled": partial(tuned.ours, distilled=True),
+        "gradual": tuned.gradual,
+        "gradual-distilled": partial(tuned.gradual, distilled=True),
+        "model-pruning": tuned.model_pruning,
+        "one-shot": tuned.one_shot,
+        "reference": tuned.reference,
+        "paper": tuned.paper,
     }
 
 

@@ -19,10 +19,8 @@ import torch
 from common import RESULTS, silence
 from held_out import HELD_OUT
 from lc_quality import Method, Study, run
-from peers import fit
-from tasks import TASKS, Start, TaskModule
-
-from lightning_condensa import CondensaCallback, Prune
+from peers import compressed
+from tasks import TASKS
 
 NAME = "lc_study"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,15 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prune_rate 0.3": {"prune_rate": 0.3},
     "prune_rate 0.1": {"prune_rate": 0.1},
     "prune_rate 0.03": {"prune_rate": 0.03},
+    "lr_exponent 0": {"lr_exponent": 0.0},
+    "lr_exponent 0.15": {"lr_exponent": 0.15},
+    "lr_exponent 0.35": {"lr_exponent": 0.35},
+    "lr_exponent 0.5": {"lr_exponent": 0.5},
     "reset_optimizer": {"reset_optimizer": True},
 }
-FINAL = ("default", "importance 0", "importance 1", "shape 3", "prune_rate 0.1")
-
-
-def compressed(start: Start, density: float, epochs: int, schedule: dict[str, Any]) -> TaskModule:
-    """L-C with some settings of the default schedule changed."""
-    callback = CondensaCallback(Prune(density), schedule=schedule)
-    return fit(start.module(), start, [callback], epochs)
+FINAL = ("default", "importance 0", "importance 1", "shape 3", "lr_exponent 0")
 
 
 def _densities(task: str) -> tuple[float, ...]:

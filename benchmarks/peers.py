@@ -1,4 +1,4 @@
-"""The methods that L-C is compared with, each a function from a dense network to θ.
+"""The methods that are compared, each a function from a dense network to θ.
 
 All train for the same number of optimizer steps of the task's batches, from the same weights, in
 the same order of batches (the reference package: in an order of its own), and ship their last
@@ -7,8 +7,8 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from reference import Schedule, compress
 from tasks import QUIET, Start, TaskModule
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
-from lightning_condensa import CondensaCallback, Prune
+from lightning_condensa import CondensaCallback, Distillation, Prune
 
+OURS_TUNING = "ours_tuning"
 GRADUAL_TUNING = "gradual_tuning"
 REFERENCE_TUNING = "reference_tuning"
 
 
 @dataclass(frozen=True)
-class Peers:
+class Methods:
     """The methods, with the settings that were tuned for each task.
 
     Attributes:
@@ -37,17 +39,33 @@ class Peers:
 
     tuning: Path = RESULTS
 
+    def ours(
+        self, start: Start, density: float, epochs: int, *, distilled: bool = False
+    ) -> TaskModule:
+        """L-C with this package's defaults."""
+        lr = self._chosen(OURS_TUNING, start)["lr"]
+        return compressed(at_rate(start, lr), density, epochs, distilled=distilled)
+
     def gradual(
         self, start: Start, density: float, epochs: int, *, distilled: bool = False
     ) -> TaskModule:
         """Gradual magnitude pruning."""
-        return pruned(start, density, epochs, self._ramp(start), distilled=distilled)
+        chosen = self._chosen(GRADUAL_TUNING, start)
+        start = at_rate(start, chosen["lr"])
+        return pruned(start, density, epochs, chosen["ramp"], distilled=distilled)
+
+    def one_shot(self, start: Start, density: float, epochs: int) -> TaskModule:
+        """All pruned before the first step, at the learning rate of gradual pruning."""
+        start = at_rate(start, self._chosen(GRADUAL_TUNING, start)["lr"])
+        return pruned(start, density, epochs, 0.0)
 
     def model_pruning(self, start: Start, density: float, epochs: int) -> TaskModule:
         """Lightning's own pruning callback, which reads weights as contiguous memory."""
+        chosen = self._chosen(GRADUAL_TUNING, start)
+        start = at_rate(start, chosen["lr"])
         module = start.module()
         module.to(memory_format=torch.contiguous_format)
-        callback = SteppedModelPruning(module, density, self._ramp(start))
+        callback = SteppedModelPruning(module, density, chosen["ramp"])
         return fit(module, start, [callback], epochs)
 
     def reference(self, start: Start, density: float, epochs: int) -> TaskModule:
@@ -58,10 +76,6 @@ class Peers:
         """The published L-C through this package, on the schedule tuned for the reference."""
         return published(start, density, epochs, self._schedule(start))
 
-    def _ramp(self, start: Start) -> float:
-        ramp: float = self._chosen(GRADUAL_TUNING, start)["ramp"]
-        return ramp
-
     def _schedule(self, start: Start) -> Schedule:
         return Schedule(**self._chosen(REFERENCE_TUNING, start))
 
@@ -70,10 +84,30 @@ class Peers:
         if start.task.name not in results:
             raise FileNotFoundError(
                 f"{name}.json has no settings for {start.task.name}: "
-                "run `python benchmarks/tune_peers.py` first"
+                "run `python benchmarks/tune.py` first"
             )
         chosen: dict[str, Any] = results[start.task.name]["chosen"]
         return chosen
+
+
+def at_rate(start: Start, lr: float) -> Start:
+    """The same start, to be compressed at another learning rate."""
+    return replace(start, task=replace(start.task, lr=lr))
+
+
+def compressed(
+    start: Start,
+    density: float,
+    epochs: int,
+    *,
+    schedule: Mapping[str, Any] | None = None,
+    distilled: bool = False,
+) -> TaskModule:
+    """L-C with this package's defaults, but for some fields of its schedule."""
+    callbacks: list[pl.Callback] = [CondensaCallback(Prune(density), schedule=schedule)]
+    if distilled:
+        callbacks.append(Distillation(weight=0.5, temperature=4.0))
+    return fit(start.module(), start, callbacks, epochs)
 
 
 def pruned(
@@ -152,16 +186,34 @@ def optimizer_steps(start: Start, epochs: int) -> int:
 def fit(
     module: TaskModule, start: Start, callbacks: Sequence[pl.Callback], epochs: int
 ) -> TaskModule:
-    """Train a module under some callbacks, without validation.
+    """Train a module on the task's data under some callbacks, without validation.
 
     Raises:
         RuntimeError: If that took another number of optimizer steps than the budget.
     """
     pl.seed_everything(start.seed, verbose=False)
+    loader = start.data().train_dataloader()
+    return _train(module, loader, callbacks, epochs, optimizer_steps(start, epochs))
+
+
+def fit_batches(
+    module: TaskModule, callbacks: Sequence[pl.Callback], batches: list[tuple[Tensor, Tensor]]
+) -> TaskModule:
+    """The same on given batches, once each."""
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    return _train(module, loader, callbacks, 1, len(batches))
+
+
+def _train(
+    module: TaskModule,
+    loader: DataLoader[Any],
+    callbacks: Sequence[pl.Callback],
+    epochs: int,
+    steps: int,
+) -> TaskModule:
     settings: dict[str, Any] = {**QUIET, "max_epochs": epochs, "limit_val_batches": 0}
     trainer = pl.Trainer(callbacks=list(callbacks), **settings)
-    trainer.fit(module, start.data())
-    steps = optimizer_steps(start, epochs)
+    trainer.fit(module, loader)
     if trainer.global_step != steps:
         raise RuntimeError(f"{trainer.global_step} optimizer steps, the budget is {steps}")
     return module

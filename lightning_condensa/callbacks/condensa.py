@@ -28,6 +28,7 @@ from lightning_condensa.callbacks.checks import (
 from lightning_condensa.callbacks.deployment import Deployment, load_training_weights
 from lightning_condensa.callbacks.horizon import planned_steps, steps_per_epoch, trains
 from lightning_condensa.callbacks.logs import log_c_step, log_summary, show_progress
+from lightning_condensa.callbacks.rates import SparseRates
 from lightning_condensa.callbacks.sharded import gathered
 from lightning_condensa.callbacks.snapshot import Snapshot, measured
 from lightning_condensa.deploy import CompressedModel, Report
@@ -105,6 +106,7 @@ class CondensaCallback(Callback):
         self._sharded = False
         self._deployment: Deployment | None = None
         self._run: LCRun | None = None
+        self._rates: SparseRates | None = None
         self._best: Snapshot | None = None
         self._start = {"epoch": 0, "step": 0}  # the Trainer's counters when this run began
         self._seen_global_step = 0
@@ -183,6 +185,9 @@ class CondensaCallback(Callback):
                 self._run.after_step(trainer.optimizers)
             best, module = restored["best"], self._deployment.module
             self._best = None if best is None else Snapshot.from_state(best, module)
+        run, pruned = self._run, [self._parameters[n] for n in self._bound.pruned]
+        self._rates = SparseRates(lambda: run.lr_factor, pruned)
+        self._rates.attach(trainer.optimizers)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -240,8 +245,9 @@ class CondensaCallback(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave θ in the module: the best by ``monitor``, else the last."""
-        run, deployment = self._run, self._deployment
-        assert run is not None and deployment is not None
+        run, deployment, rates = self._run, self._deployment, self._rates
+        assert run is not None and deployment is not None and rates is not None
+        rates.detach()
         if run.step < run.plan.l_end:
             rank_zero_warn(
                 f"training stopped after {run.step} optimizer steps, in the L-C phase, "
@@ -263,7 +269,7 @@ class CondensaCallback(Callback):
         deployment.finish(trainer, pl_module, theta, stale)
         self._compressed = CompressedModel(pl_module, theta, self.scheme)
         self._report = self._compressed.report(gaps)
-        self._run = None
+        self._run = self._rates = None
         log_summary(trainer, self._compressed, self.scheme, metrics)
 
     # -- validation sees θ -----------------------------------------------------------------------
@@ -295,7 +301,9 @@ class CondensaCallback(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Put the training weights back if validation was interrupted."""
+        """Put the training weights and the learning rates back, whatever was interrupted."""
+        if self._rates is not None:
+            self._rates.detach()
         if self._deployment is not None:
             self._deployment.statistics.clear()
             self._deployment.end()

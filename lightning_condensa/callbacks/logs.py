@@ -18,12 +18,14 @@ from lightning_condensa.schemes import Encoded, Scheme
 def log_c_step(trainer: pl.Trainer, c_step: CStep, plan: Plan) -> None:
     """Scalars of one C-step to every logger."""
     scalars = {
-        "condensa/density": total_density(c_step.theta),
+        "condensa/density": c_step.density,
         f"condensa/{'rate' if plan.proximal else 'mu'}": c_step.strength,
         "condensa/gap": c_step.gap,
-        "condensa/value_bytes": sum(e.storage_bits for e in c_step.theta.values()) / 8,
+        "condensa/value_bytes": c_step.value_bytes,
         "condensa/c_step_seconds": c_step.seconds,
     }
+    if plan.lr_exponent > 0:
+        scalars["condensa/lr_factor"] = c_step.lr_factor
     if c_step.gradient_ratio is not None and math.isfinite(c_step.gradient_ratio):
         scalars["condensa/penalty_to_loss_gradient"] = c_step.gradient_ratio
     # Not through pl_module.log: it would drop steps between multiples of log_every_n_steps.
@@ -32,7 +34,7 @@ def log_c_step(trainer: pl.Trainer, c_step: CStep, plan: Plan) -> None:
 
 def show_progress(pl_module: pl.LightningModule, c_step: CStep) -> None:
     """Density and gap to the progress bar."""
-    values = {"density": total_density(c_step.theta), "gap": c_step.gap}
+    values = {"density": c_step.density, "gap": c_step.gap}
     pl_module.log_dict(values, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
 
@@ -43,7 +45,7 @@ def log_summary(
     theta = compressed.theta
     per_layer = {f"condensa/layer_density/{name}": e.density for name, e in theta.items()}
     final = {
-        "condensa/final_density": total_density(theta),
+        "condensa/final_density": _density(theta),
         "condensa/final_value_bytes": compressed.value_bytes,
         **metrics,
     }
@@ -53,7 +55,7 @@ def log_summary(
             logger.log_hyperparams(_hparams(scheme), final)
 
 
-def total_density(theta: Mapping[str, Encoded]) -> float:
+def _density(theta: Mapping[str, Encoded]) -> float:
     """Share of non-zeros over all compressed tensors."""
     return sum(e.nnz for e in theta.values()) / max(sum(e.numel for e in theta.values()), 1)
 

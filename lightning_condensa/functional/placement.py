@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from lightning_condensa.functional.masks import inside
+
 
 def sharded_dim(placement: Placement) -> int | None:
     """The dimension that a placement shards, if it does; strided shards may be no ``Shard``."""
@@ -111,7 +113,7 @@ def elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 def where(mask: Tensor, values: Tensor) -> Tensor:
     """``values`` inside the mask and exact zeros elsewhere, placed like ``values``."""
-    return elementwise(lambda v, m: torch.where(m, v, 0), values, placed(mask, values))
+    return elementwise(inside, placed(mask, values), values)
 
 
 def placed(tensor: Tensor, reference: Tensor) -> Tensor:

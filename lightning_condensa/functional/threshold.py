@@ -20,7 +20,8 @@ from lightning_condensa.functional.chunks import chunk_length
 from lightning_condensa.functional.placement import local
 from lightning_condensa.functional.ranks import Ranks
 
-_SAMPLE = 1 << 16
+#: Scores that are worth no sample.
+_FEW = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,14 @@ class Band:
         return replace(self, above=[self.above[i] for i in which], inside=self.inside.only(which))
 
 
+def sample_size(total: int) -> int:
+    """How many scores a bracket is drawn from: Floyd and Rivest's optimum grows as ``total^⅔``."""
+    return max(round(math.pow(total, 2 / 3)), _FEW // 2)
+
+
 def narrow(scores: Parts, k: int, total: int) -> Band | None:
     """The scores around the ``k``-th largest of ``total``; nothing where there are few in all."""
-    if total <= _SAMPLE:
+    if total <= _FEW:
         return None
     low, high = _bracket(scores, k, total)
     first, last = scores.next(low, math.inf), scores.next(high, -math.inf)
@@ -170,7 +176,7 @@ def _plus(a: Sequence[int], b: Sequence[int]) -> list[int]:
 
 def _bracket(scores: Parts, k: int, total: int) -> tuple[float, float]:
     """Two scores, or infinities, that enclose the ``k``-th largest with high probability."""
-    stride = total // _SAMPLE
+    stride = total // sample_size(total)
     parts: list[Tensor] = []
     seen = 0
     for piece in scores.pieces:

@@ -3,8 +3,8 @@
 Scores may be DTensors, mixed with plain tensors that every process holds alike. The masks are then
 DTensors placed like them, and put together they are, bit for bit, those of the whole tensors on one
 process. No weights are gathered: each process reads its own shards, and what is communicated are
-counts, samples of about 100,000 scores, and in the end at most 65,536 candidates near the
-threshold, whatever the size of the network. Each process must make the same calls.
+counts, samples that grow as N^⅔ (85,000 of 25 million scores), and in the end at most 16,384
+candidates near the threshold. Each process must make the same calls.
 """
 
 from __future__ import annotations

@@ -38,6 +38,11 @@ class Engine(ABC):
         """Look at the loss gradient, in the last optimizer steps before a C-step."""
 
     @property
+    def cuts(self) -> bool:
+        """Whether what is pruned is out of training: zero, and staying there."""
+        return False
+
+    @property
     def gradient_ratio(self) -> float | None:
         """‖penalty gradient‖ / ‖loss gradient‖ in the last optimizer step, where there is one."""
         return None

@@ -22,6 +22,7 @@ class Plan:
         prune_rate: Share of a pruned weight that one optimizer step removes (proximal only).
         importance: Exponent of the mean squared gradient's root in the metric of the C-step.
         window: Optimizer steps before a C-step over which squared gradients are averaged.
+        lr_exponent: The learning rate counts ``density^(−lr_exponent)`` times.
         reset_optimizer: Whether the optimizer's state is forgotten at each C-step.
         learning_rate: Learning rate by optimizer step, or ``None``: the user's own.
     """
@@ -34,6 +35,7 @@ class Plan:
     prune_rate: float = 1.0
     importance: float = 0.0
     window: int = 0
+    lr_exponent: float = 0.0
     reset_optimizer: bool = False
     learning_rate: Callable[[int], float] | None = None
 

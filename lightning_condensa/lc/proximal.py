@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_condensa.functional.masks import numbers
 from lightning_condensa.functional.norms import norm
 from lightning_condensa.functional.placement import like, local, parts
 from lightning_condensa.functional.ranks import Ranks
 from lightning_condensa.lc.engine import Engine, Parameters
 from lightning_condensa.lc.importance import Importance
 from lightning_condensa.schemes import BoundScheme, Encoded
-from lightning_condensa.schemes.bound import PRUNE
 
 #: Names of optimizers' state in torch.
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
@@ -52,13 +52,14 @@ class Proximal(Engine):
         self._targets: dict[str, Tensor] = {}
 
     @property
-    def _hard(self) -> bool:
+    def cuts(self) -> bool:
+        """Whether what is pruned is out of training: at a rate of 1, and in the fine-tune phase."""
         return self._prune_rate == 1
 
     @torch.no_grad()
     def before_step(self, parameters: Parameters, only: Collection[int] | None) -> None:
         """Zero the gradients of weights that are pruned for good."""
-        if self._hard:
+        if self.cuts:
             trained = {
                 n: parameters[n].grad
                 for n in self._factors
@@ -72,7 +73,7 @@ class Proximal(Engine):
         if self._targets:
             weights = [local(parameters[n].detach()) for n in self._targets]
             torch._foreach_lerp_(weights, list(self._targets.values()), self._rate)
-        if not self._hard or self._stray:
+        if not self.cuts or self._stray:
             self._scale({n: parameters[n].detach() for n in self._factors})
 
     def observe(self, parameters: Parameters, only: Collection[int] | None) -> None:
@@ -89,7 +90,7 @@ class Proximal(Engine):
         optimizers: Iterable[Optimizer],
     ) -> dict[str, Encoded]:
         """θ ← Π(w) in the metric of the gradients, or on the support once that is fixed."""
-        if self._hard and not self._stray:
+        if self.cuts and not self._stray:
             self._watch(parameters)
         if self._fixed:
             theta = self.project(parameters, bound)
@@ -98,7 +99,7 @@ class Proximal(Engine):
             support = {n: local(e.mask) for n, e in theta.items() if e.mask is not None}
             self._keep(support, parameters)
         self._rate = strength
-        self._targets = {n: local(theta[n].decode()) for n in _projected(bound)}
+        self._targets = {n: local(theta[n].decode()) for n in bound.projected}
         return theta
 
     @torch.no_grad()
@@ -111,7 +112,7 @@ class Proximal(Engine):
             self._keep({n: f == 1 for n, f in self._factors.items()}, parameters)
             if self._stray is None:  # no C-step may come that could tell
                 self._stray = True
-        if self._hard:
+        if self.cuts:
             self._cut(parameters, optimizers)
 
     @torch.no_grad()
@@ -149,8 +150,11 @@ class Proximal(Engine):
         self._factors = {}
         for name, mask in support.items():
             dtype = parameters[name].dtype
-            rate = max(self._prune_rate, torch.finfo(dtype).eps)  # 1 − rate must not round to 1
-            self._factors[name] = torch.where(mask, 1.0, 1 - rate).to(dtype)
+            if self.cuts:
+                self._factors[name] = numbers(mask, dtype)
+            else:
+                rate = max(self._prune_rate, torch.finfo(dtype).eps)  # 1 − rate must not round to 1
+                self._factors[name] = torch.where(mask, 1.0, 1 - rate).to(dtype)
 
     def _watch(self, parameters: Parameters) -> None:
         """See whether pruned weights have left zero since they were cut.
@@ -160,7 +164,7 @@ class Proximal(Engine):
         """
         weights = {n: (local(parameters[n].detach()), f) for n, f in self._factors.items()}
         left = any(norm([torch.addcmul(w, w, f, value=-1)]) > 0 for w, f in weights.values())
-        pruned = any(bool((f == 0).any()) for f in self._factors.values())
+        pruned = any(f.numel() > 0 and bool(f.amin() == 0) for f in self._factors.values())
         strayed, known = Ranks.holding(list(parameters.values())).totals([left, pruned])
         if strayed or known:
             self._stray = strayed > 0
@@ -184,13 +188,6 @@ class Proximal(Engine):
         parts = [local(t) for t in tensors.values() if t is not None]
         if parts:
             torch._foreach_mul_(parts, [self._factors[n] for n in tensors])
-
-
-def _projected(bound: BoundScheme) -> list[str]:
-    """The parameters whose kept values a stage changes."""
-    stages = [(s, targets) for s, targets in bound.stages if s.order != PRUNE]
-    names = {name for stage, targets in stages for name in stage.names(targets)}
-    return [name for name in bound.names if name in names]
 
 
 def _like_weights(value: object, parameter: Tensor) -> bool:

@@ -6,9 +6,10 @@ The owner of the training loop calls :meth:`LCRun.before_step` when gradients ar
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ from lightning_condensa.lc.plan import Plan
 from lightning_condensa.lc.proximal import Proximal
 from lightning_condensa.schemes import BoundScheme, Encoded
 
+#: No learning rate rises as if the network were sparser than this.
+_LEAST_DENSITY = 1e-4
+
 
 @dataclass(frozen=True)
 class CStep:
@@ -32,16 +36,22 @@ class CStep:
 
     Attributes:
         theta: The new θ.
+        density: Share of non-zeros in θ.
+        value_bytes: Of the surviving values and their scales, the paper's count.
         strength: Of the penalty in the L-step that begins: μ, or the rate of a proximal one.
         gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖, with w as the L-step left it.
+        lr_factor: On the learning rate of the optimizer steps that follow.
         seconds: Wall-clock time.
         gradient_ratio: ‖penalty gradient‖ / ‖loss gradient‖ in the last optimizer step before;
             ``None`` without a gradient of the penalty.
     """
 
     theta: Mapping[str, Encoded]
+    density: float
+    value_bytes: float
     strength: float
     gap: float
+    lr_factor: float
     seconds: float
     gradient_ratio: float | None = None
 
@@ -62,6 +72,7 @@ class LCRun:
         step: Optimizer steps so far.
         finetuning: Whether only the support is trained by now.
         gaps: Relative gap of each parameter at the end of the L-C phase; empty before.
+        density: Share of non-zeros that the last C-step left of what the scheme prunes.
     """
 
     def __init__(self, bound: BoundScheme, plan: Plan, parameters: Mapping[str, Tensor]) -> None:
@@ -71,12 +82,20 @@ class LCRun:
         self.step = 0
         self.finetuning = False
         self.gaps: dict[str, float] = {}
+        self.density = 1.0
         self._next_c_step = 0
         self._progress = 0.0
         self._head_start = 0.0
         self._engine: Engine = (
             Proximal(plan.prune_rate, plan.importance) if plan.proximal else Augmented()
         )
+
+    @property
+    def lr_factor(self) -> float:
+        """Factor on the learning rate of the optimizer steps until the next C-step."""
+        if not self._engine.cuts:
+            return 1.0
+        return math.pow(max(self.density, _LEAST_DENSITY), -self.plan.lr_exponent)
 
     def start(self) -> CStep:
         """The C-step before training."""
@@ -147,10 +166,15 @@ class LCRun:
         self._progress = max(self._progress, progress)  # where a resumed run became longer
         bound, strength = self.bound.relaxed(self._progress), self.plan.strength[index]
         theta = self._engine.c_step(self.parameters, bound, strength, optimizers)
+        kept = dict(zip(theta, count_nonzero([e.codes for e in theta.values()]), strict=True))
+        self.density = _density(theta, kept, [n for n, e in theta.items() if e.mask is not None])
         c_step = CStep(
             theta=theta,
+            density=_density(theta, kept, theta),
+            value_bytes=sum(e.bits_of(kept[n]) for n, e in theta.items()) / 8,
             strength=strength,
             gap=self._gap(theta),
+            lr_factor=self.lr_factor,
             seconds=time.perf_counter() - started,
             gradient_ratio=self._engine.gradient_ratio,
         )
@@ -188,6 +212,7 @@ class LCRun:
             "step": self.step,
             "finetuning": self.finetuning,
             "gaps": self.gaps,
+            "density": self.density,
             "progress": self._progress,
             "head_start": self._head_start,
             "engine": self._engine.state_dict(self.parameters),
@@ -198,6 +223,7 @@ class LCRun:
         self.step = state["step"]
         self.finetuning = state["finetuning"]
         self.gaps = dict(state["gaps"])
+        self.density = state["density"]
         self._next_c_step = bisect_right(self.plan.c_steps, self.step)
         if self.plan.finetune_from is not None and not self.finetuning:
             # A plan that became shorter may have its last C-step, which fixes the support, behind.
@@ -205,3 +231,11 @@ class LCRun:
         self._progress = state["progress"]
         self._head_start = state["head_start"]
         self._engine.load_state_dict(state["engine"], self.parameters)
+
+
+def _density(
+    theta: Mapping[str, Encoded], kept: Mapping[str, int], names: Collection[str]
+) -> float:
+    """Share of the elements of some tensors that is kept; 1 of none."""
+    total = sum(theta[n].numel for n in names)
+    return sum(kept[n] for n in names) / total if total > 0 else 1.0

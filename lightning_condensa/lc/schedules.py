@@ -29,7 +29,14 @@ class LCSchedule(Schedule):
     The C-step of a pruning scheme is a projection in a metric that knows the loss: it ranks
     ``|w|·(E[g²])^(importance/2)``, where ``E[g²]`` is the mean squared gradient of each weight over
     the last optimizer steps. 0 is plain magnitude, as published; 1 is the diagonal Fisher
-    information of optimal brain damage. ``docs/study.md`` has the measurements behind the defaults.
+    information of optimal brain damage.
+
+    What is left of a pruned network wants longer steps: where each unit sums fewer inputs, a change
+    of its weights moves its output less. Under the sparse maximal update parameterization (Dey et
+    al. 2024, arXiv:2405.15743) the learning rate of a network that is sparse from its start grows
+    as ``1/density``. Here each optimizer step is made at ``lr · density^(−lr_exponent)``, with the
+    learning rate that the user's optimizer and schedulers have for it and the density of the last
+    C-step. ``docs/lc.md`` has the measurements behind the defaults.
 
     Attributes:
         l_steps: L-steps in the L-C phase, evenly spread.
@@ -44,6 +51,8 @@ class LCSchedule(Schedule):
         finetune: Share of all steps for fine-tuning on the final support.
         importance: Exponent of the gradient in the metric of the C-step, in [0, 2].
         window: Optimizer steps before a C-step over which squared gradients are averaged.
+        lr_exponent: How much the learning rate rises while the network gets sparse, in [0, 1]; with
+            0 it is the user's own.
         reset_optimizer: Whether the optimizer's state is forgotten at each C-step. The state of
             weights that are pruned for good always is.
     """
@@ -59,6 +68,7 @@ class LCSchedule(Schedule):
     finetune: float = 0.3
     importance: float = 0.35
     window: int = 8
+    lr_exponent: float = 0.25
     reset_optimizer: bool = False
 
     def __post_init__(self) -> None:
@@ -74,7 +84,7 @@ class LCSchedule(Schedule):
             )
         for name in ("rate_start", "rate_end", "prune_rate"):
             check_range(name, getattr(self, name), 0, 1, open_low=True)
-        for name in ("ramp", "finetune"):
+        for name in ("ramp", "finetune", "lr_exponent"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("importance", self.importance, 0, 2)
         as_ramp(self.shape)
@@ -113,6 +123,7 @@ class LCSchedule(Schedule):
             prune_rate=self.prune_rate,
             importance=self.importance if prunes else 0.0,
             window=self.window,
+            lr_exponent=self.lr_exponent if prunes else 0.0,
             reset_optimizer=self.reset_optimizer,
         )
 

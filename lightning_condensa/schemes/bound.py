@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,20 @@ class BoundScheme:
     def prunes(self) -> bool:
         """Whether a stage removes weights."""
         return any(stage.order == PRUNE for stage, _ in self.stages)
+
+    @property
+    def pruned(self) -> tuple[str, ...]:
+        """The parameters that some stage prunes."""
+        return self._names(lambda stage: stage.order == PRUNE)
+
+    @property
+    def projected(self) -> tuple[str, ...]:
+        """The parameters whose kept values some stage changes."""
+        return self._names(lambda stage: stage.order != PRUNE)
+
+    def _names(self, which: Callable[[Scheme], bool]) -> tuple[str, ...]:
+        names = {n for stage, targets in self.stages if which(stage) for n in stage.names(targets)}
+        return tuple(n for n in self.names if n in names)
 
     @property
     def projects(self) -> bool:

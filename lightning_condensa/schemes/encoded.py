@@ -99,8 +99,12 @@ class Encoded:
     @property
     def storage_bits(self) -> int:
         """The paper's count: surviving values, and the scales they need, without positions."""
+        return self.bits_of(self.nnz)
+
+    def bits_of(self, nnz: int) -> int:
+        """:attr:`storage_bits` of so many surviving values."""
         scale = 0 if self.scale is None else self.scale.numel() * dtype_bits(self.scale.dtype)
-        return self.nnz * self.value_bits + scale
+        return nnz * self.value_bits + scale
 
     def decode(self) -> Tensor:
         """``Δ(θ)``: the dense weight, of type ``dtype``."""

@@ -276,7 +276,7 @@ class Manual(Deep):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_calls_of_the_module_and_its_children(trainer, loader, cls, precision) -> None:  # type: ignore[no-untyped-def]
     module = built(cls)
-    trainer(callback_of(), max_epochs=2, num_sanity_val_steps=0, precision=precision).fit(
+    trainer(callback_of(), max_epochs=4, num_sanity_val_steps=0, precision=precision).fit(
         module, loader, loader
     )
     state = {n: t for n, t in module.validated[0].items() if n.startswith("layers.")}
@@ -297,7 +297,7 @@ class Functional(Deep):
 
 def test_calls_further_down_are_not_seen(trainer, loader) -> None:  # type: ignore[no-untyped-def]
     with pytest.warns(UserWarning, match=r"not seen to call self\(x\), or a child of Functional"):
-        trainer(callback_of(), max_epochs=2).fit(built(Functional), loader, loader)
+        trainer(callback_of(), max_epochs=4).fit(built(Functional), loader, loader)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the compressed model has batch norm")
         trainer(callback_of(0), max_epochs=2).fit(built(Functional), loader, loader)

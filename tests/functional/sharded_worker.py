@@ -130,7 +130,7 @@ def check_topk(
 
 def case_topk_in_every_layout() -> None:
     # A small sample takes small tensors through every step of the selection.
-    with mock.patch.multiple(threshold, _SAMPLE=64, chunk_length=lambda piece: 32):
+    with mock.patch.multiple(threshold, _FEW=64, chunk_length=lambda piece: 32):
         for layout in range(len(layouts(2))):
             for kind in ("few values", "types"):
                 full = values(layout)[kind]
@@ -180,7 +180,7 @@ def case_communication_does_not_grow_with_the_tensors() -> None:
             score = place(full, layout)
             sent.clear()
             with (
-                mock.patch.multiple(threshold, _SAMPLE=256),
+                mock.patch.multiple(threshold, _FEW=256),
                 mock.patch.object(dist, "all_reduce", counting),
                 CommDebugMode() as communication,
             ):

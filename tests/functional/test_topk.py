@@ -59,7 +59,7 @@ def test_all_equal_keeps_the_first(k: int) -> None:
 def layouts() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(LARGE, generator=generator)
-    stride = LARGE // threshold._SAMPLE
+    stride = LARGE // threshold.sample_size(LARGE)
     periodic = noise * 1e-3
     periodic[::stride] += 1  # the sample sees nothing but these
     unseen = noise + 1

@@ -1,10 +1,12 @@
-"""Chooses the settings of the peers for each task.
+"""Chooses the settings of each method for each task.
 
-    python benchmarks/tune_peers.py --peers gradual reference --tasks cifar-vgg --data DATA
+    python benchmarks/tune.py --methods gradual reference --tasks cifar-vgg --data DATA
 
-Gradual pruning: the share of the run in which the density falls. The published algorithm: learning
-rate, μ, number of L-steps and optimizer, one after another, by the reference package, or by this
-package's ``preset="paper"`` where that cannot prune the network.
+The learning rate of all; of gradual pruning also the share of the run in which the density falls.
+The published algorithm's learning rate, μ, number of L-steps and optimizer are chosen one after
+another, by the reference package, or by this package's ``preset="paper"`` where that cannot prune
+the network. One-shot pruning and `ModelPruning` take gradual pruning's settings, and what is
+distilled those of the method itself.
 
 Settings are judged by the validation metric of the last θ, mean over the task's densities, on one
 seed at budget S. Every trial is recorded, and none is repeated.
@@ -20,12 +22,22 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, read_results, silence, update_results
-from peers import GRADUAL_TUNING, REFERENCE_TUNING, optimizer_steps, pruned, published
+from peers import (
+    GRADUAL_TUNING,
+    OURS_TUNING,
+    REFERENCE_TUNING,
+    at_rate,
+    compressed,
+    optimizer_steps,
+    pruned,
+    published,
+)
 from reference import Schedule, compress, covers
 from tasks import TASKS, Start, TaskModule, dense_start
 
 Settings = dict[str, Any]
 RAMPS = (0.2, 0.4, 0.7)
+RATES = (1, 0.3, 3)  # times the task's
 
 
 class Tuner:
@@ -87,16 +99,38 @@ class Tuner:
         }
 
 
-def tune_gradual(start: Start, folder: Path) -> Settings:
-    """Choose the ramp of gradual pruning."""
+def tune_ours(start: Start, folder: Path) -> Settings:
+    """Choose the learning rate of L-C."""
 
     def run(density: float, settings: Settings) -> TaskModule:
-        return pruned(start, density, start.task.epochs, settings["ramp"])
+        return compressed(at_rate(start, settings["lr"]), density, start.task.epochs)
+
+    tuner = Tuner(OURS_TUNING, start, run, "ours", folder)
+    tune_rate(tuner)
+    return tuner.best()
+
+
+def tune_gradual(start: Start, folder: Path) -> Settings:
+    """Choose the ramp of gradual pruning, then its learning rate."""
+
+    def run(density: float, settings: Settings) -> TaskModule:
+        start_at = at_rate(start, settings["lr"])
+        return pruned(start_at, density, start.task.epochs, settings["ramp"])
 
     tuner = Tuner(GRADUAL_TUNING, start, run, "gradual", folder)
     for ramp in RAMPS:
-        tuner.score({"ramp": ramp})
+        tuner.score({"ramp": ramp, "lr": start.task.lr})
+    tune_rate(tuner, tuner.best())
     return tuner.best()
+
+
+def tune_rate(tuner: Tuner, settings: Settings | None = None) -> None:
+    """Try the task's learning rate, less and more, and on while more is better."""
+    lr = tuner.start.task.lr
+    for factor in RATES:
+        tuner.score({**(settings or {}), "lr": factor * lr})
+    if tuner.best()["lr"] > lr:
+        tuner.score({**(settings or {}), "lr": 10 * lr})
 
 
 def tune_reference(start: Start, folder: Path) -> Settings:
@@ -121,7 +155,7 @@ def tune_reference(start: Start, folder: Path) -> Settings:
     base = Schedule(weight_decay=task.weight_decay)
     if task.optimizer == "adamw":  # its decay is decoupled, and next to nothing as an L2 penalty
         base = Schedule(optimizer="adam", weight_decay=0.0)
-    for factor in (1, 0.3, 3):
+    for factor in RATES:
         attempt(base, lr=factor * task.lr, lr_end=factor * task.lr / 10)
     old = best()
     for factor in (0.1, 10):
@@ -137,13 +171,13 @@ def tune_reference(start: Start, folder: Path) -> Settings:
     return tuner.best()
 
 
-TUNERS = {"gradual": tune_gradual, "reference": tune_reference}
+TUNERS = {"ours": tune_ours, "gradual": tune_gradual, "reference": tune_reference}
 
 
 def main() -> None:
-    """Tune some peers on some tasks."""
+    """Tune some methods on some tasks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--peers", nargs="+", choices=TUNERS, default=list(TUNERS))
+    parser.add_argument("--methods", nargs="+", choices=TUNERS, default=list(TUNERS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="folder of cifar10/ and tinyshakespeare/")
@@ -151,10 +185,10 @@ def main() -> None:
     options = parser.parse_args()
     silence()
     torch.set_num_threads(1)
-    for peer in options.peers:
+    for method in options.methods:
         for name in options.tasks:
             start = dense_start(TASKS[name], options.seed, options.data)
-            print("chosen:", peer, name, TUNERS[peer](start, options.out), flush=True)
+            print("chosen:", method, name, TUNERS[method](start, options.out), flush=True)
 
 
 if __name__ == "__main__":
