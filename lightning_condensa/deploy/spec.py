@@ -11,7 +11,7 @@ from typing import TypeAlias
 from lightning_condensa.deploy.checked_json import dump_json
 from lightning_condensa.deploy.words import DTYPES
 
-VALUE_TYPES = ("F64", "F32", "F16", "BF16", "I8", "U8")
+VALUE_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I8", "U8")
 """Types of codes."""
 
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -20,6 +20,8 @@ WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 MAX_DIMENSIONS = 64
 MAX_NUMEL = 2**48
 MAX_SPEC_BYTES = 2**24
+MAX_ALPHABET = 256
+"""Codes that one byte can tell apart."""
 
 GAPS = "g8"
 SCALES = "s32"
@@ -36,9 +38,11 @@ class EncodedEntry:
         nnz: Codes whose bit pattern is not zero.
         gap_bytes: Bytes of its positions, ``None`` where all codes are stored (dense).
         value_type: Type of the codes, one of `VALUE_TYPES`.
-        bits: Bits of one stored value.
+        bits: Bits of one stored value: those of the value type, or 8 with an alphabet.
         weight_type: Type of the decoded weight, one of `WEIGHT_TYPES`.
         scale_shape: Shape of its float32 scale, ``None`` without one.
+        group: Elements in a row that share a scale, where the scale does not broadcast.
+        alphabet: Bit patterns of the codes, ascending, where stored values are indices into it.
     """
 
     name: str
@@ -49,6 +53,8 @@ class EncodedEntry:
     bits: int
     weight_type: str
     scale_shape: tuple[int, ...] | None
+    group: int | None = None
+    alphabet: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -144,7 +150,7 @@ class Spec:
         streams = sum(stream_width(name) * count for name, count in counts.items())
         rest = sum(entry.numel * type_bits(entry.dtype) // 8 for entry in self.rest)
         # Codes and mask of each; positions as 64-bit integers, of one tensor at a time.
-        codes = sum(entry.numel * (entry.bits // 8 + 1) for entry in self.encoded)
+        codes = sum(e.numel * (type_bits(e.value_type) // 8 + 1) for e in self.encoded)
         positions = max((24 * (entry.gap_bytes or 0) for entry in self.encoded), default=0)
         # Streams twice: as planes and as words.
         return 2 * streams + rest + codes + positions
@@ -184,17 +190,22 @@ def stream_width(name: str) -> int:
     return int(name[1:]) // 8
 
 
-def scale_fits(scale_shape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a scale broadcasts to the shape of the codes, and no further.
+def scale_fits(scale_shape: tuple[int, ...], shape: tuple[int, ...], group: int | None) -> bool:
+    """Whether a scale broadcasts to the shape of the codes, or has one number for each group.
 
     Example:
-        >>> scale_fits((4, 1), (4, 9)), scale_fits((4, 9), (9,))
+        >>> scale_fits((4, 1), (4, 9), None), scale_fits((4, 9), (9,), None)
         (True, False)
+        >>> scale_fits((4, 3), (4, 9), 4)
+        True
     """
-    if len(scale_shape) > len(shape):
-        return False
-    pairs = zip(reversed(scale_shape), reversed(shape), strict=False)
-    return all(scale in (1, size) for scale, size in pairs)
+    if group is None:
+        pairs = zip(reversed(scale_shape), reversed(shape), strict=False)
+        fits = all(scale in (1, size) for scale, size in pairs)
+        return fits and len(scale_shape) <= len(shape)
+    pairs = zip(scale_shape, shape, strict=False)
+    fits = all(scale in (1, size, math.ceil(size / group)) for scale, size in pairs)
+    return fits and len(scale_shape) == len(shape)
 
 
 def dump_spec(spec: Spec) -> bytes:
@@ -208,7 +219,10 @@ def dump_spec(spec: Spec) -> bytes:
         '{"aliases":{},"encoded":[],"rest":[],"streams":[]}'
     """
     encoded = [
-        [e.name, e.shape, e.nnz, e.gap_bytes, e.value_type, e.bits, e.weight_type, e.scale_shape]
+        [
+            *(e.name, e.shape, e.nnz, e.gap_bytes, e.value_type, e.bits, e.weight_type),
+            *(e.scale_shape, e.group, e.alphabet),
+        ]
         for e in spec.encoded
     ]
     rest = [[e.name, e.shape, e.dtype] for e in spec.rest]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 from lightning_condensa.deploy.checked_json import (
     load_json,
@@ -19,6 +20,7 @@ from lightning_condensa.deploy.checked_json import (
 )
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.spec import (
+    MAX_ALPHABET,
     MAX_DIMENSIONS,
     MAX_NUMEL,
     MAX_SPEC_BYTES,
@@ -90,7 +92,7 @@ def check_names(names: Iterable[str], aliases: Mapping[str, str]) -> None:
 
 
 def _parse_encoded(item: object) -> EncodedEntry:
-    fields = require_list(item, "an encoded entry", 8)
+    fields = require_list(item, "an encoded entry", 10)
     name = require_text(fields[0], "a tensor's name")
     what = f"tensor {name!a}"
     shape = _parse_shape(fields[1], what)
@@ -104,16 +106,46 @@ def _parse_encoded(item: object) -> EncodedEntry:
         if gap_bytes < nnz:
             raise PackedFileError(f"{what} has {nnz} values but {gap_bytes} gap bytes")
     value_type = _parse_choice(fields[4], VALUE_TYPES, f"value type of {what}")
-    bits = require_count(fields[5], f"bits of {what}", 64)
-    if bits != type_bits(value_type):
-        raise PackedFileError(f"bits of {what} must be {type_bits(value_type)} for {value_type}")
+    alphabet = _parse_alphabet(fields[9], value_type, what)
+    wanted = type_bits(value_type) if alphabet is None else 8
+    if (bits := require_count(fields[5], f"bits of {what}", 64)) != wanted:
+        raise PackedFileError(f"bits of {what} must be {wanted}, they are {bits}")
     weight_type = _parse_choice(fields[6], WEIGHT_TYPES, f"weight type of {what}")
     scale_shape: tuple[int, ...] | None = None
+    group: int | None = None
     if fields[7] is not None:
         scale_shape = _parse_shape(fields[7], f"the scale of {what}")
-        if not scale_fits(scale_shape, shape):
+        if fields[8] is not None:
+            group = max(require_count(fields[8], f"group of {what}", MAX_NUMEL), 1)
+        if not scale_fits(scale_shape, shape, group):
             raise PackedFileError(f"the scale of {what} does not broadcast to its shape")
-    return EncodedEntry(name, shape, nnz, gap_bytes, value_type, bits, weight_type, scale_shape)
+    elif fields[8] is not None:
+        raise PackedFileError(f"{what} has a group but no scale")
+    return EncodedEntry(
+        name,
+        shape,
+        nnz,
+        gap_bytes,
+        value_type,
+        bits,
+        weight_type,
+        scale_shape,
+        group,
+        alphabet,
+    )
+
+
+def _parse_alphabet(value: object, value_type: str, what: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    items = require_list(value, f"the alphabet of {what}")
+    if not 1 <= len(items) <= MAX_ALPHABET:
+        raise PackedFileError(f"the alphabet of {what} has {len(items)} codes, 1 to {MAX_ALPHABET}")
+    most = 2 ** type_bits(value_type) - 1
+    codes = tuple(require_count(item, f"a code of {what}", most) for item in items)
+    if any(a >= b for a, b in pairwise(codes)):
+        raise PackedFileError(f"the alphabet of {what} is not ascending")
+    return codes
 
 
 def _parse_rest(item: object) -> RestEntry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.spec import (
     GAPS,
+    MAX_ALPHABET,
     MAX_DIMENSIONS,
     SCALES,
     VALUE_TYPES,
@@ -40,6 +41,9 @@ from lightning_condensa.deploy.words import (
     words_to_tensor,
 )
 from lightning_condensa.schemes.encoded import Encoded
+
+_PROBE = 4096  # words that tell whether an alphabet is worth a look at all of them
+_WORTHWHILE = 4  # words for each code of an alphabet
 
 Parts: TypeAlias = dict[str, Words]
 """What one tensor adds to each stream."""
@@ -100,26 +104,54 @@ def pack_encoded(name: str, encoded: Encoded) -> tuple[EncodedEntry, Parts]:
     indices = np.flatnonzero(codes)
     gaps = encode_gaps(indices)
     values = codes[indices]
+    kept, every = _shortened(values), _shortened(codes)
     # Codes that are all non-zero need no comparison, which saves the time on dense models.
     sparse = len(values) < len(codes) and estimate_size(
-        [gaps, *split_planes(values)]
-    ) < estimate_size(split_planes(codes))
-    bits = type_bits(value_type)
-    parts: Parts = {f"v{bits}": values if sparse else codes}
+        [gaps, *split_planes(kept.words)]
+    ) < estimate_size(split_planes(every.words))
+    stored = kept if sparse else every
+    bits = 8 * stored.words.itemsize
+    parts: Parts = {f"v{bits}": stored.words}
     if sparse:
         parts[GAPS] = gaps
     scale_shape: tuple[int, ...] | None = None
     if encoded.scale is not None:
         _storable(encoded.scale, f"the scale of {name!r}", ("F32",))
         scale_shape = tuple(encoded.scale.shape)
-        if not scale_fits(scale_shape, shape):
+        if not scale_fits(scale_shape, shape, encoded.group):
             raise ValueError(f"the scale of {name!r}, {scale_shape}, does not broadcast to {shape}")
         parts[SCALES] = tensor_to_words(encoded.scale)
-    gap_bytes = len(gaps) if sparse else None
     entry = EncodedEntry(
-        name, shape, len(values), gap_bytes, value_type, bits, weight_type, scale_shape
+        name=name,
+        shape=shape,
+        nnz=len(values),
+        gap_bytes=len(gaps) if sparse else None,
+        value_type=value_type,
+        bits=bits,
+        weight_type=weight_type,
+        scale_shape=scale_shape,
+        group=None if scale_shape is None else encoded.group,
+        alphabet=stored.alphabet,
     )
     return entry, parts
+
+
+class _Shortened(NamedTuple):
+    """Words, or bytes that are indices into an alphabet of them."""
+
+    words: Words
+    alphabet: tuple[int, ...] | None
+
+
+def _shortened(words: Words) -> _Shortened:
+    """Words wider than a byte as indices, where they take few values: those of a codebook, say."""
+    if words.itemsize == 1 or len(np.unique(words[:_PROBE])) > MAX_ALPHABET:
+        return _Shortened(words, None)
+    alphabet, indices = np.unique(words, return_inverse=True)
+    # Each code of the alphabet takes about 10 characters in the spec.
+    if len(alphabet) > MAX_ALPHABET or len(words) < _WORTHWHILE * max(len(alphabet), 1):
+        return _Shortened(words, None)
+    return _Shortened(indices.astype(np.uint8), tuple(alphabet.tolist()))
 
 
 def unpack_encoded(entry: EncodedEntry, reader: StreamReader) -> Encoded:
@@ -138,6 +170,8 @@ def unpack_encoded(entry: EncodedEntry, reader: StreamReader) -> Encoded:
     """
     parts = reader.take(entry.stored)
     codes = parts[f"v{entry.bits}"]
+    if entry.alphabet is not None:
+        codes = _looked_up(codes, entry)
     if np.count_nonzero(codes) != entry.nnz:
         raise PackedFileError(f"tensor {entry.name!a} does not hold {entry.nnz} non-zero codes")
     mask: Tensor | None = None
@@ -155,7 +189,17 @@ def unpack_encoded(entry: EncodedEntry, reader: StreamReader) -> Encoded:
         dtype=DTYPES[entry.weight_type],
         scale=scale,
         mask=mask,
+        group=entry.group,
     )
+
+
+def _looked_up(indices: Words, entry: EncodedEntry) -> Words:
+    """The codes of an alphabet that indices stand for."""
+    alphabet = np.array(entry.alphabet, dtype=word_type(type_bits(entry.value_type)))
+    if len(indices) and indices.max() >= len(alphabet):
+        raise PackedFileError(f"tensor {entry.name!a} has indices beyond its alphabet")
+    codes: Words = alphabet[indices]
+    return codes
 
 
 def pack_rest(name: str, tensor: Tensor) -> tuple[RestEntry, Parts]:

@@ -84,6 +84,34 @@ class Slices:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The whole tensor, or what belongs to one index of a dimension; parts may be empty.
+
+    Attributes:
+        dim: That dimension, ``None`` for the whole tensor.
+    """
+
+    dim: int | None = None
+
+    def grid(self, shape: torch.Size) -> tuple[int, ...]:
+        """One along each dimension but ``dim``."""
+        return tuple(n if d == self.dim else 1 for d, n in enumerate(shape))
+
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """One row per index."""
+        first = weight[None] if self.dim is None else weight.movedim(self.dim, 0)
+        rows = first.flatten(1)
+        return rows, _full_sizes(rows)
+
+    def join(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """The tensor of ``shape`` whose rows are those of :meth:`split`."""
+        if self.dim is None:
+            return rows.reshape(shape)
+        first = torch.empty(shape, device="meta").movedim(self.dim, 0).shape
+        return rows.reshape(first).movedim(0, self.dim).contiguous()
+
+
+@dataclass(frozen=True)
 class Blocks:
     """Rectangular blocks; those at a ragged edge are smaller.
 
@@ -131,6 +159,15 @@ class Blocks:
         ones = torch.ones_like(weight, dtype=torch.float32)
         sizes = self._split(ones).sum(1, keepdim=True)
         return rows, sizes
+
+    def join(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """The tensor of ``shape`` whose blocks are the rows of :meth:`split`."""
+        counts = self.grid(shape)
+        dims = len(shape)
+        order = [axis for dim in range(dims) for axis in (dim, dims + dim)]
+        padded = [c * b for c, b in zip(counts, self.block_size, strict=True)]
+        whole = rows.reshape(*counts, *self.block_size).permute(order).reshape(padded)
+        return whole[tuple(slice(n) for n in shape)].contiguous()
 
     def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
         """Repeat each block's verdict over its weights."""

@@ -138,7 +138,13 @@ class Ranks:
 def count_nonzero(tensors: Sequence[Tensor]) -> list[int]:
     """Non-zero elements of each tensor, those of a DTensor over all its processes."""
     ranks = Ranks.holding(tensors)
-    return ranks.totals([int(local(t).count_nonzero()) if ranks.own(t) else 0 for t in tensors])
+    return ranks.totals([_nonzeros(local(t)) if ranks.own(t) else 0 for t in tensors])
+
+
+def _nonzeros(tensor: Tensor) -> int:
+    if tensor.is_floating_point() and tensor.itemsize == 1:  # torch compares them, no more
+        return int((tensor != 0).sum())
+    return int(tensor.count_nonzero())
 
 
 def _members(mesh: DeviceMesh) -> set[int]:

@@ -115,7 +115,7 @@ class Band:
 
 def sample_size(total: int) -> int:
     """How many scores a bracket is drawn from: Floyd and Rivest's optimum grows as ``total^⅔``."""
-    return max(round(math.pow(total, 2 / 3)), _FEW // 2)
+    return max(round(math.pow(total, 2 / 3)), _FEW)
 
 
 def narrow(scores: Parts, k: int, total: int) -> Band | None:

@@ -18,6 +18,9 @@ def encoded_state(encoded: Encoded) -> dict[str, Any]:
         "dtype": str(encoded.dtype).removeprefix("torch."),
         "scale": encoded.scale,
         "mask": encoded.mask,
+        "group": encoded.group,
+        "bits": encoded.bits,
+        "table_bits": encoded.table_bits,
     }
 
 
@@ -32,4 +35,7 @@ def encoded_from_state(state: Mapping[str, Any], device: torch.device) -> Encode
         dtype=getattr(torch, state["dtype"]),
         scale=moved(state["scale"]),
         mask=moved(state["mask"]),
+        group=state["group"],
+        bits=state["bits"],
+        table_bits=state["table_bits"],
     )

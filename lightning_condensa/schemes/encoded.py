@@ -23,15 +23,23 @@ class Encoded:
     Attributes:
         codes: Values or integer codes, of the weight's own shape. Pruned elements are zero.
         dtype: Floating point type of the decoded weight.
-        scale: ``None`` or a float32 tensor that broadcasts against ``codes``.
+        scale: ``None`` or a float32 tensor that broadcasts against ``codes``, group by group where
+            there is a ``group``.
         mask: ``None`` (every element may be non-zero) or a boolean tensor of the weight's shape,
             true where the scheme lets an element live: the support that fine-tuning keeps.
+        group: How many elements in a row share a scale, along dimensions in which ``scale`` has
+            neither one nor as many as ``codes``; the last group may be smaller.
+        bits: Bits of one stored value, where they are fewer than those of the type of ``codes``.
+        table_bits: Bits of what decoding needs beside codes and scales, such as a codebook.
     """
 
     codes: Tensor
     dtype: torch.dtype
     scale: Tensor | None = None
     mask: Tensor | None = None
+    group: int | None = None
+    bits: int | None = None
+    table_bits: int = 0
 
     @classmethod
     def dense(cls, weight: Tensor) -> Encoded:
@@ -79,7 +87,7 @@ class Encoded:
     @property
     def value_bits(self) -> int:
         """Bits of one stored value."""
-        return dtype_bits(self.codes.dtype)
+        return self.bits or dtype_bits(self.codes.dtype)
 
     @property
     def numel(self) -> int:
@@ -98,13 +106,13 @@ class Encoded:
 
     @property
     def storage_bits(self) -> int:
-        """The paper's count: surviving values, and the scales they need, without positions."""
+        """The paper's count: surviving values, their scales and table, without positions."""
         return self.bits_of(self.nnz)
 
     def bits_of(self, nnz: int) -> int:
         """:attr:`storage_bits` of so many surviving values."""
         scale = 0 if self.scale is None else self.scale.numel() * dtype_bits(self.scale.dtype)
-        return nnz * self.value_bits + scale
+        return nnz * self.value_bits + scale + self.table_bits
 
     def decode(self) -> Tensor:
         """``Δ(θ)``: the dense weight, of type ``dtype``."""
@@ -113,6 +121,15 @@ class Encoded:
 
         def product(codes: Tensor, scale: Tensor) -> Tensor:
             # In float32 first: a narrower product would round before the final type does.
-            return (codes.to(torch.float32) * scale).to(self.dtype)
+            return (codes.to(torch.float32) * self._spread(scale, codes)).to(self.dtype)
 
         return elementwise(product, self.codes, self.scale)
+
+    def _spread(self, scale: Tensor, codes: Tensor) -> Tensor:
+        """The scale, so that it broadcasts against the codes."""
+        if self.group is None:
+            return scale
+        for dim, (scales, extent) in enumerate(zip(scale.shape, codes.shape, strict=True)):
+            if scales not in (1, extent):
+                scale = scale.repeat_interleave(self.group, dim).narrow(dim, 0, extent)
+        return scale

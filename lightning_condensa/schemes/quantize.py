@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_condensa.functional.placement import elementwise, like, local, shrunk
-from lightning_condensa.functional.quantization import cast, integer_codes, symmetric_scale
+from lightning_condensa.functional.grouping import Blocks, Rows
+from lightning_condensa.functional.masks import numbers
+from lightning_condensa.functional.placement import elementwise, like, local, placed, shrunk, where
+from lightning_condensa.functional.quantization import (
+    cast,
+    grid_scale,
+    integer_codes,
+    mean_scale,
+    power_scale,
+    sign_codes,
+)
 from lightning_condensa.functional.ranks import Ranks
 from lightning_condensa.schemes.base import Scheme
 from lightning_condensa.schemes.bound import QUANTIZE
@@ -20,21 +30,34 @@ from lightning_condensa.schemes.selection import Target
 from lightning_condensa.schemes.space import Choice
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-LEVELS = {"int8": 127}
+SCALED_FLOATS = {"float8_e4m3fn": torch.float8_e4m3fn}
+INTEGERS = {"int8": 8, "int4": 4, "int2": 2}
+SIGNS = {"ternary": 2, "binary": 1}
+_GRANULARITY = re.compile(r"channel|tensor|group:([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
 class Quantize(Scheme):
-    """Store weights in a narrow type; zeros stay exactly zero.
+    """Store weights in a narrow type; what is pruned stays exactly zero.
 
-    Floats are rounded to nearest. Integers use a symmetric grid ``scale · {−127 … 127}`` whose
-    scale minimizes the squared error. Of a DTensor the scales and codes are those of the whole
-    weight: where shards cut a channel, its largest magnitude and its errors, in double precision,
-    are summed up over the processes.
+    * ``"float16"``, ``"bfloat16"``: rounded to nearest.
+    * ``"float8_e4m3fn"``: rounded to nearest, times a power of two.
+    * ``"int8"``, ``"int4"``, ``"int2"``: a grid of integers times a scale that nearly minimizes the
+      squared error. Symmetric, ``−(2^(b−1) − 1) … 2^(b−1) − 1``, or with one more code on one side.
+    * ``"ternary"``: ``{−1, 0, 1}`` times such a scale.
+    * ``"binary"``: the sign times the mean magnitude of what is not pruned (Rastegari et al. 2016,
+      arXiv:1603.05279): the nearest, and a weight that is zero without being pruned gets a sign.
+
+    Of a DTensor the scales and codes are those of the whole weight: where shards cut a row that
+    shares a scale, its largest magnitude and its errors, in double precision, are summed up over
+    the processes.
 
     Attributes:
-        dtype: ``"float16"``, ``"bfloat16"``, ``"int8"``, or a ``Choice`` of them.
-        granularity: Integer types: one scale per output ``"channel"``, or per ``"tensor"``.
+        dtype: One of these names, or a ``Choice`` of them.
+        granularity: Which weights share a scale: an output ``"channel"``, the whole ``"tensor"``,
+            or ``"group:64"``, so many consecutive inputs of a channel (at each position of a
+            convolution's kernel; the last group may be smaller).
+        symmetric: Whether integers have as many codes below zero as above.
 
     Example:
         >>> bound = Quantize("int8").bind(torch.nn.Linear(3, 1, bias=False))
@@ -43,19 +66,29 @@ class Quantize(Scheme):
     """
 
     dtype: str | Choice = "float16"
-    granularity: Literal["channel", "tensor"] = field(default="channel", kw_only=True)
+    granularity: str = field(default="channel", kw_only=True)
+    symmetric: bool = field(default=True, kw_only=True)
 
     order: ClassVar[int] = QUANTIZE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        accepted = [*FLOATS, *LEVELS]
+        accepted = [*FLOATS, *SCALED_FLOATS, *INTEGERS, *SIGNS]
         options = self.dtype.options if isinstance(self.dtype, Choice) else (self.dtype,)
         for option in options:
             if option not in accepted:
                 raise ValueError(f"dtype must be one of {accepted}, or a Choice, got {option!r}")
-        if self.granularity not in ("channel", "tensor"):
-            raise ValueError(f"granularity must be 'channel' or 'tensor', got {self.granularity!r}")
+        if not isinstance(self.granularity, str) or not _GRANULARITY.fullmatch(self.granularity):
+            raise ValueError(
+                "granularity must be 'channel', 'tensor' or 'group:N' with N >= 1, "
+                f"got {self.granularity!r}"
+            )
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale, ``None`` where it is all of them."""
+        found = _GRANULARITY.fullmatch(self.granularity)
+        return int(found[1]) if found is not None and found[1] else None
 
     def compress(
         self, theta: Mapping[str, Encoded], targets: Sequence[Target]
@@ -69,31 +102,60 @@ class Quantize(Scheme):
         if self.dtype in FLOATS:
             dtype = FLOATS[self.dtype]
             return encoded.replace(codes=elementwise(lambda w: cast(w, dtype), encoded.codes))
-        weight = local(encoded.codes)
-        channels = {target.channel_dim} if self.granularity == "channel" else set()
-        rows = self._rows(target, weight)
-        levels = LEVELS[self.dtype]
-        within = Ranks.cutting(encoded.codes, set(range(weight.dim())) - channels)
-        scale = symmetric_scale(rows, levels, ranks=within)
-        codes = self._unrows(target, integer_codes(rows, scale, levels), weight.shape)
-        return encoded.replace(
-            codes=like(codes, encoded.codes),
-            scale=shrunk(self._broadcastable(target, scale), encoded.codes, channels),
-        )
+        weight, view = local(encoded.codes), self._view(target)
+        rows, sizes = view.split(weight)
+        if encoded.mask is not None and self.dtype == "binary":
+            mask = local(placed(encoded.mask, encoded.codes))
+            sizes = view.split(numbers(mask, torch.float32))[0].sum(1, keepdim=True)
+        codes, scale = self._round(rows, sizes, self._cut(target, encoded.codes))
+        joined = like(view.join(codes, weight.shape), encoded.codes)
+        if encoded.mask is not None:  # a sign is never zero
+            joined = where(encoded.mask, joined)
+        scale = scale.view(view.grid(weight.shape))
+        if self.group is None:
+            dims = {target.channel_dim} if self.granularity == "channel" else set()
+            scale = shrunk(scale, encoded.codes, dims)
+        else:
+            scale = like(scale, encoded.codes, torch.Size(view.grid(encoded.codes.shape)))
+        bits = (INTEGERS | SIGNS).get(self.dtype)
+        return encoded.replace(codes=joined, scale=scale, group=self.group, bits=bits)
 
-    def _rows(self, target: Target, weight: Tensor) -> Tensor:
-        if self.granularity == "tensor":
-            return weight.reshape(1, -1)
-        return weight.movedim(target.channel_dim, 0).flatten(1)
+    def _round(self, rows: Tensor, sizes: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """Codes, and scales ``(rows, 1)``, of rows that share a scale each."""
+        assert isinstance(self.dtype, str)
+        if self.dtype == "binary":
+            return sign_codes(rows), mean_scale(rows, sizes, ranks)
+        if self.dtype in SCALED_FLOATS:
+            dtype = SCALED_FLOATS[self.dtype]
+            scale = power_scale(rows, dtype, ranks)
+            return cast(rows.to(torch.float32) / scale, dtype), scale
+        high = 1 if self.dtype == "ternary" else 2 ** (INTEGERS[self.dtype] - 1) - 1
+        low = -high if self.symmetric or self.dtype == "ternary" else -high - 1
+        scale = grid_scale(rows, low, high, ranks)
+        return integer_codes(rows, scale, low, high), scale
 
-    def _unrows(self, target: Target, codes: Tensor, shape: torch.Size) -> Tensor:
-        if self.granularity == "tensor":
-            return codes.reshape(shape)
-        first = torch.empty(shape, device="meta").movedim(target.channel_dim, 0).shape
-        return codes.reshape(first).movedim(0, target.channel_dim).contiguous()
+    def _view(self, target: Target) -> Rows | Blocks:
+        """What shares a scale, as rows."""
+        if self.group is None:
+            return Rows(None if self.granularity == "tensor" else target.channel_dim)
+        block = [1] * len(target.shape)
+        block[1 - target.channel_dim] = self.group
+        return Blocks(tuple(block))
 
-    def _broadcastable(self, target: Target, scale: Tensor) -> Tensor:
-        shape = [1] * len(target.shape)
-        if self.granularity == "channel":
-            shape[target.channel_dim] = -1
-        return scale.reshape(shape)
+    def _cut(self, target: Target, codes: Tensor) -> Ranks:
+        """The processes among which what shares a scale is cut.
+
+        Raises:
+            ValueError: If they cut groups.
+        """
+        dims = set(range(codes.dim()))
+        if self.granularity != "tensor":
+            dims -= {target.channel_dim}
+        if self.group is None:
+            return Ranks.cutting(codes, dims)
+        if Ranks.cutting(codes, {1 - target.channel_dim}).groups:
+            raise ValueError(
+                f"granularity={self.granularity!r} needs whole rows of inputs on each process, "
+                f"{target.name} is sharded along them: use 'channel', or exclude it"
+            )
+        return Ranks()

@@ -25,9 +25,11 @@ VALUE_DTYPES = [
     torch.float32,
     torch.float16,
     torch.bfloat16,
+    torch.float8_e4m3fn,
     torch.int8,
     torch.uint8,
 ]
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = st.one_of(
     st.sampled_from([(), (0,), (1,), (3, 0, 2), (1, 1, 1), (2_000,)]),
@@ -48,7 +50,8 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor
 def thin(tensor: Tensor, density: float, seed: int) -> Tensor:
     """``tensor`` with all but about ``density`` of it set to zero bits."""
     keep = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)) < density
-    return torch.where(keep, tensor, torch.zeros_like(tensor))
+    bits = INTEGERS[tensor.itemsize]
+    return torch.where(keep, tensor.view(bits), 0).view(tensor.dtype)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def assert_same(a: Packed, b: Packed) -> None:
     assert list(a.encoded) == list(b.encoded)
     for name, first in a.encoded.items():
         second = b.encoded[name]
-        assert first.dtype == second.dtype
+        assert (first.dtype, first.group) == (second.dtype, second.group)
         assert_same_bits(first.codes, second.codes)
         assert (first.scale is None) == (second.scale is None)
         if first.scale is not None and second.scale is not None:
@@ -84,14 +87,23 @@ def encodeds(draw: st.DrawFn) -> Encoded:
     seed = draw(st.integers(0, 2**32 - 1))
     codes = random_bits(shape, draw(st.sampled_from(VALUE_DTYPES)), seed)
     codes = thin(codes, draw(st.sampled_from([0.0, 0.001, 0.05, 0.5, 0.99, 1.0])), seed + 1)
-    scale = None
-    if draw(st.booleans()):
+    if draw(st.booleans()):  # few values: an alphabet
+        few = random_bits((draw(st.integers(1, 300)),), codes.dtype, seed + 3)
+        few[0] = 0
+        picked = torch.randint(len(few), shape, generator=torch.Generator().manual_seed(seed))
+        codes = few.view(INTEGERS[codes.itemsize])[picked].view(codes.dtype)
+    scale = group = None
+    if shape and draw(st.booleans()):
+        group = draw(st.integers(1, 5))
+        scale_shape = tuple(draw(st.sampled_from([1, n, math.ceil(n / group)])) for n in shape)
+        scale = random_bits(scale_shape, torch.float32, seed + 2)
+    elif draw(st.booleans()):
         kept = draw(st.integers(0, len(shape)))
         scale_shape = tuple(
             size if draw(st.booleans()) else 1 for size in shape[len(shape) - kept :]
         )
         scale = random_bits(scale_shape, torch.float32, seed + 2)
-    return Encoded(codes, draw(st.sampled_from(FLOATS)), scale)
+    return Encoded(codes, draw(st.sampled_from(FLOATS)), scale, group=group)
 
 
 @st.composite
@@ -222,6 +234,23 @@ def test_size_is_near_the_entropy_bound(dtype: torch.dtype, density: float) -> N
     bound = count * entropy / 8 + nnz * dtype.itemsize
     size = len(pack(Packed({"w": Encoded(codes, torch.float32)})))
     assert size < 1.05 * bound
+
+
+@pytest.mark.parametrize("density", [0.005, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("values", [2, 4, 16, 256])
+def test_size_of_few_values_is_near_the_entropy_bound(values: int, density: float) -> None:
+    count = 400_000
+    generator = torch.Generator().manual_seed(0)
+    book = torch.randn(values, generator=generator)
+    codes = thin(book[torch.randint(values, (count,), generator=generator)], density, 1)
+    share = int(codes.count_nonzero()) / count
+    entropy = 0.0
+    if share < 1:
+        entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+    bound = count * (entropy + share * math.log2(values)) / 8 + 6 * values
+    packed = Packed({"w": Encoded(codes, torch.float32)})
+    assert len(pack(packed)) < 1.1 * bound + 500
+    assert_same(unpack(pack(packed)), packed)
 
 
 def test_overhead_of_a_small_model(tmp_path: Path) -> None:

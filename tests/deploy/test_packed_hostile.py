@@ -31,7 +31,7 @@ def one_tensor(shape: list[int], nnz: object, gaps: list[int] | None, values: li
     listed = [["g8", [["raw", len(gaps)]]]] if gaps else []
     listed += [["v8", [["raw", len(values)]]]] if values else []
     gap_bytes = None if gaps is None else len(gaps)
-    entry = ["w", shape, nnz, gap_bytes, "I8", 8, "F32", None]
+    entry = ["w", shape, nnz, gap_bytes, "I8", 8, "F32", None, None, None]
     spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": listed}
     return with_spec(spec, bytes(gaps or []) + bytes(values))
 
@@ -46,6 +46,8 @@ def encoded_entry(**changes: object) -> list[object]:
         "bits": 8,
         "weight": "F32",
         "scale": None,
+        "group": None,
+        "alphabet": None,
     }
     return list({**fields, **changes}.values())
 
@@ -72,13 +74,25 @@ def encoded_entry(**changes: object) -> list[object]:
         (encoded_entry(type="I64"), "unknown value type"),
         (encoded_entry(type="torch.load"), "unknown value type"),
         (encoded_entry(type=["I8"]), "must be a string"),
-        (encoded_entry(bits=4), "bits of tensor 'w' must be 8 for I8"),
+        (encoded_entry(bits=4), "bits of tensor 'w' must be 8, they are 4"),
+        (encoded_entry(bits=32, type="F32", alphabet=[1]), "must be 8, they are 32"),
+        (encoded_entry(alphabet=[]), "0 codes, 1 to 256"),
+        (encoded_entry(alphabet=list(range(257))), "257 codes, 1 to 256"),
+        (encoded_entry(alphabet=[3, 3]), "not ascending"),
+        (encoded_entry(alphabet=[256]), "a code of tensor 'w' must be an integer from 0 to 255"),
+        (encoded_entry(alphabet=[-1]), "a code of tensor 'w'"),
+        (encoded_entry(alphabet=8), "must be a list"),
+        (encoded_entry(group=4), "has a group but no scale"),
+        (encoded_entry(scale=[3], group=4), "does not broadcast"),
+        (encoded_entry(scale=[2], group=0), "does not broadcast"),
+        (encoded_entry(scale=[2], group=-4), "group of tensor 'w'"),
+        (encoded_entry(scale=[1, 2], group=4), "does not broadcast"),
         (encoded_entry(weight="I8"), "unknown weight type"),
         (encoded_entry(scale=[9]), "does not broadcast"),
         (encoded_entry(scale=[1, 8]), "does not broadcast"),
         (encoded_entry(scale=[2**50]), "a dimension of the scale"),
-        (encoded_entry()[:7], "a list of 8 items"),
-        ({"name": "w"}, "a list of 8 items"),
+        (encoded_entry()[:7], "a list of 10 items"),
+        ({"name": "w"}, "a list of 10 items"),
     ],
 )
 def test_hostile_entries(entry: object, message: str) -> None:
@@ -199,6 +213,17 @@ def test_lack_of_memory_is_an_error_of_the_file(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(np, "zeros", fail)
     with pytest.raises(PackedFileError, match="not enough memory"):
         unpack(data)
+
+
+def test_indices_beyond_the_alphabet() -> None:
+    entry = encoded_entry(shape=[4], nnz=3, type="F32", alphabet=[0, 1 << 30])
+    spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": [["v8", [["raw", 4]]]]}
+    found = unpack(with_spec(spec, bytes([1, 0, 1, 1]))).encoded["w"]
+    assert found.decode().tolist() == [2.0, 0.0, 2.0, 2.0]
+    with pytest.raises(PackedFileError, match="indices beyond its alphabet"):
+        unpack(with_spec(spec, bytes([1, 0, 2, 1])))
+    with pytest.raises(PackedFileError, match="does not hold 3 non-zero codes"):
+        unpack(with_spec(spec, bytes([1, 0, 1, 0])))
 
 
 @pytest.mark.parametrize("codec", ["zlib", "zstd"])

@@ -241,7 +241,11 @@ SCHEMES: dict[str, Scheme] = {
     "n:m": NMPrune(1, 2, include=["first", "wide", "conv"]),
     "int8": Quantize("int8"),
     "int8 by tensor": Quantize("int8", granularity="tensor"),
+    "int4": Quantize("int4", symmetric=False),
+    "float8": Quantize("float8_e4m3fn"),
     "prune, int8": Compose([Prune(0.3), Quantize("int8")]),
+    "prune, ternary": Compose([Prune(0.3), Quantize("ternary")]),
+    "prune, binary": Compose([Prune(0.3), Quantize("binary", granularity="tensor")]),
     "filter, n:m, bfloat16": Compose(
         [FilterPrune(0.5), NMPrune(1, 2, include="conv"), Quantize("bfloat16")]
     ),
