@@ -20,6 +20,7 @@ from lightning_condensa.objectives import (
 from lightning_condensa.schemes import (
     BlockPrune,
     Choice,
+    Codebook,
     Compose,
     FilterPrune,
     NeuronPrune,
@@ -35,6 +36,7 @@ from lightning_condensa.version import __version__
 __all__ = [
     "BlockPrune",
     "Choice",
+    "Codebook",
     "CompressedModel",
     "Compose",
     "CondensaCallback",

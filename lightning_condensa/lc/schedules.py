@@ -60,8 +60,8 @@ class LCSchedule(Schedule):
     l_steps: int = 60
     every_n_steps: int | None = None
     every_n_epochs: int | None = None
-    rate_start: float = 2.5e-3
-    rate_end: float = 0.1
+    rate_start: float = 1e-3
+    rate_end: float = 1.0
     prune_rate: float = 1.0
     ramp: float = 1.0
     shape: float | Ramp = 6.0

@@ -1,9 +1,11 @@
 """What to compress and how: schemes, their composition and their configuration."""
 
-from lightning_condensa.schemes.base import NotFiniteError, Scheme
+from lightning_condensa.schemes.base import Scheme
 from lightning_condensa.schemes.bound import BoundScheme
+from lightning_condensa.schemes.codebook import Codebook
 from lightning_condensa.schemes.compose import Compose
 from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.finite import NotFiniteError
 from lightning_condensa.schemes.prune import Prune
 from lightning_condensa.schemes.quantize import Quantize
 from lightning_condensa.schemes.selection import SelectionError, Skipped, Target
@@ -14,6 +16,7 @@ __all__ = [
     "BlockPrune",
     "BoundScheme",
     "Choice",
+    "Codebook",
     "Compose",
     "Encoded",
     "FilterPrune",

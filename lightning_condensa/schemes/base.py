@@ -18,6 +18,7 @@ from lightning_condensa.functional.placement import where
 from lightning_condensa.schemes.bound import PROJECT, BoundScheme
 from lightning_condensa.schemes.config import changed_fields, decode, encode
 from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.finite import require_finite
 from lightning_condensa.schemes.selection import (
     WEIGHT_TYPES,
     Skipped,
@@ -88,7 +89,11 @@ class Scheme:
 
         Returns:
             Encodings of the tensors it changed. Pruned elements stay exactly zero.
+
+        Raises:
+            NotFiniteError: If a weight is not finite.
         """
+        require_finite({t.name: theta[t.name].codes for t in targets})
         changed = {}
         for target in targets:
             encoded = theta[target.name]
@@ -241,7 +246,3 @@ class Scheme:
         except yaml.YAMLError as error:
             raise ValueError(f"not YAML: {error}") from error
         return Scheme.from_config(config)
-
-
-class NotFiniteError(ValueError):
-    """A weight to compress is not finite: training has diverged."""

@@ -120,8 +120,10 @@ class Encoded:
             return self.codes.to(self.dtype)
 
         def product(codes: Tensor, scale: Tensor) -> Tensor:
-            # In float32 first: a narrower product would round before the final type does.
-            return (codes.to(torch.float32) * self._spread(scale, codes)).to(self.dtype)
+            # In float32 first: a narrower product would round before the final type does. A zero
+            # times a negative scale is -0.0, until it is added to 0.0.
+            product = codes.to(torch.float32) * self._spread(scale, codes)
+            return product.add_(0.0).to(self.dtype)
 
         return elementwise(product, self.codes, self.scale)
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from lightning_condensa.functional.placement import local
 from lightning_condensa.functional.ranks import Ranks
-from lightning_condensa.schemes.base import NotFiniteError
+
+
+class NotFiniteError(ValueError):
+    """A weight to compress is not finite: training has diverged."""
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:

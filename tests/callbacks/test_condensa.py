@@ -22,7 +22,7 @@ from lightning_condensa import (
     Quantize,
     Range,
 )
-from lightning_condensa.schemes.base import NotFiniteError
+from lightning_condensa.schemes.finite import NotFiniteError
 
 SHORT = {"l_steps": 6}
 

@@ -37,6 +37,7 @@ from lightning_condensa.functional.ranks import Ranks, count_nonzero
 from lightning_condensa.functional.topk import kth_largest, topk_masks
 from lightning_condensa.schemes import (
     BlockPrune,
+    Codebook,
     Compose,
     Encoded,
     FilterPrune,
@@ -243,6 +244,7 @@ SCHEMES: dict[str, Scheme] = {
     "int8 by tensor": Quantize("int8", granularity="tensor"),
     "int4": Quantize("int4", symmetric=False),
     "float8": Quantize("float8_e4m3fn"),
+    "codebook": Codebook(4),
     "prune, int8": Compose([Prune(0.3), Quantize("int8")]),
     "prune, ternary": Compose([Prune(0.3), Quantize("ternary")]),
     "prune, binary": Compose([Prune(0.3), Quantize("binary", granularity="tensor")]),
