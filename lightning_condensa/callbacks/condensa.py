@@ -255,7 +255,7 @@ class CondensaCallback(Callback):
             )
         reshard(pl_module)
         check_unchanged(pl_module, self.scheme, self._parameters)
-        theta = run.finish()
+        theta = run.finish(averaged=is_averaged(trainer))
         gaps = run.gaps or run.relative_gaps(theta)
         metrics = {}
         if self.monitor is not None and self._best is None:

@@ -48,13 +48,15 @@ class Deployment:
         wrapped = trainer.strategy.model is not module
         self.statistics = BatchNormStatistics(module, bn_batches, redirected=wrapped)
         self.module = deployed_module(trainer, module)
+        self._averaged = self.module is not module
         self._devices = {name: p.device for name, p in parameters.items()}
         self._swap = WeightSwap(self.module, [*parameters, *self.statistics.names])
 
     def theta(self, run: LCRun) -> dict[str, Encoded]:
         """What would be deployed now."""
         weights = self._swap.training_weights  # an average may be kept on another device
-        return run.project({name: weights[name].to(d) for name, d in self._devices.items()})
+        chosen = {name: weights[name].to(d) for name, d in self._devices.items()}
+        return run.project(chosen if self._averaged else run.latent(chosen))
 
     def begin(self, trainer: pl.Trainer, run: LCRun) -> None:
         """Put θ in place, with batch norm statistics that fit."""

@@ -33,6 +33,10 @@ class Engine(ABC):
     def after_step(self, parameters: Parameters) -> None:
         """Follow an optimizer step."""
 
+    def latent(self, weights: Parameters) -> dict[str, Tensor]:
+        """What C-steps project, where that is not the weights that the network computes with."""
+        return dict(weights)
+
     @abstractmethod
     def observe(self, parameters: Parameters, only: Collection[int] | None) -> None:
         """Look at the loss gradient, in the last optimizer steps before a C-step."""
@@ -78,10 +82,10 @@ class Engine(ABC):
 
     @abstractmethod
     def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
-        """θ under the final scheme, as it would be deployed now."""
+        """θ under the final scheme, as it would be deployed now, of weights as given."""
 
     def finish(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
-        """θ at the end of training."""
+        """θ at the end of training, of weights as given."""
         return self.project(parameters, bound)
 
     @abstractmethod

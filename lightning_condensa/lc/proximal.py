@@ -1,13 +1,24 @@
 """The default L-C: the user's optimizer steps, then the penalty's proximal operator.
 
-    w ← optimizer step on L(w)
-    w ← w + rate·(Δ(θ) − w)        rate = μη / (1 + μη), the proximal operator of μ/2‖w − Δ(θ)‖²
+Pruned weights are pulled to zero after each optimizer step,
+
+    w ← (1 − rate) w        the proximal operator of μ/2 ‖w − 0‖², rate = μη / (1 + μη)
 
 (Parikh & Boyd, "Proximal algorithms", 2014, §4.2: forward-backward splitting.) For a fixed support
-the best values of a sparse θ are those of w itself, so only pruned weights are pulled, to zero;
-where the scheme also changes values (rounds them, say), the kept ones are pulled to Δ(θ). At a rate
-of 1 the constraint holds after every step: what is pruned stays zero, gets no gradient, and no
+the best values of a sparse θ are those of w itself, so weights that are kept are not pulled. At a
+rate of 1 the constraint holds after every step: what is pruned stays zero, gets no gradient, and no
 optimizer remembers it.
+
+Where the scheme also changes values (rounds them, say), the network computes with weights on the
+way from a *latent* u to Δ(θ),
+
+    w = u + rate·(Δ(θ) − u)        at a C-step; in the L-step after it w and u move alike
+
+so that u = w − *offset*, and the optimizer's step on w is one on u: neither a second copy of the
+weights nor a pass over them is needed. C-steps project u, which keeps what is too small to move a
+rounded weight. This is the aggregate proximal gradient method (Jin et al. 2025, arXiv:2503.15748,
+of which the straight-through estimator is the limit; BinaryRelax, Yin et al. 2018,
+arXiv:1801.06313), with projections as seldom as C-steps are.
 """
 
 from __future__ import annotations
@@ -34,8 +45,8 @@ _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 class Proximal(Engine):
     """L-C with a proximal penalty.
 
-    Buffers, each of the parameter's size and type: factors for a pruned parameter, Δ(θ) for one
-    whose values are projected, and in the last steps before a C-step the squared gradients.
+    Buffers, each of the parameter's size and type: factors for a pruned parameter, the offset for
+    one whose values are projected, and in the last steps before a C-step the squared gradients.
 
     Args:
         prune_rate: Share of a pruned weight that a step removes.
@@ -45,11 +56,11 @@ class Proximal(Engine):
     def __init__(self, prune_rate: float, importance: float) -> None:
         self._prune_rate = prune_rate
         self._importance = Importance(importance)
-        self._rate = 0.0
         self._fixed = False
         self._stray: bool | None = None  # whether the optimizers move what is pruned, once known
         self._factors: dict[str, Tensor] = {}
-        self._targets: dict[str, Tensor] = {}
+        self._offsets: dict[str, Tensor] = {}
+        self._next_offsets: dict[str, Tensor] = {}  # from a C-step to the L-step that it begins
 
     @property
     def cuts(self) -> bool:
@@ -70,11 +81,14 @@ class Proximal(Engine):
     @torch.no_grad()
     def after_step(self, parameters: Parameters) -> None:
         """The proximal step. With most optimizers what is pruned for good is zero already."""
-        if self._targets:
-            weights = [local(parameters[n].detach()) for n in self._targets]
-            torch._foreach_lerp_(weights, list(self._targets.values()), self._rate)
         if not self.cuts or self._stray:
             self._scale({n: parameters[n].detach() for n in self._factors})
+
+    @torch.no_grad()
+    def latent(self, weights: Parameters) -> dict[str, Tensor]:
+        """Weights with u in the place of w."""
+        offsets = {n: like(o, weights[n]) for n, o in self._offsets.items()}
+        return {**weights, **{n: weights[n].detach() - o for n, o in offsets.items()}}
 
     def observe(self, parameters: Parameters, only: Collection[int] | None) -> None:
         """Sum squared gradients for the metric of the next C-step, while there is a choice."""
@@ -92,21 +106,26 @@ class Proximal(Engine):
         """θ ← Π(w) in the metric of the gradients, or on the support once that is fixed."""
         if self.cuts and not self._stray:
             self._watch(parameters)
+        latent = self.latent(parameters)
         if self._fixed:
-            theta = self.project(parameters, bound)
+            theta = self.project(latent, bound)
         else:
-            theta = bound.pi(parameters, self._importance.weigh(parameters))
+            theta = bound.pi(latent, self._importance.weigh(parameters))
             support = {n: local(e.mask) for n, e in theta.items() if e.mask is not None}
             self._keep(support, parameters)
-        self._rate = strength
-        self._targets = {n: local(theta[n].decode()) for n in bound.projected}
+        self._next_offsets = {
+            n: (local(theta[n].decode()) - local(latent[n].detach())).mul_(strength)
+            for n in bound.projected
+        }
         return theta
 
     @torch.no_grad()
     def enter_l_step(
         self, parameters: Parameters, optimizers: Iterable[Optimizer], fixed_support: bool
     ) -> None:
-        """Cut what is pruned for good out of the weights and the optimizers' state."""
+        """Cut what is pruned for good out of weights and optimizers; set others on their way."""
+        for name, offset in self._offsets.items():  # w is u, until it gets its new offset
+            local(parameters[name].detach()).sub_(offset)
         if fixed_support and not self._fixed:
             self._fixed, self._prune_rate = True, 1.0
             self._keep({n: f == 1 for n, f in self._factors.items()}, parameters)
@@ -114,6 +133,11 @@ class Proximal(Engine):
                 self._stray = True
         if self.cuts:
             self._cut(parameters, optimizers)
+        for name, offset in self._next_offsets.items():
+            if name in self._factors:  # only what is kept
+                offset.mul_(self._factors[name] == 1)
+            local(parameters[name].detach()).add_(offset)
+        self._offsets, self._next_offsets = self._next_offsets, {}
 
     @torch.no_grad()
     def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
@@ -124,24 +148,23 @@ class Proximal(Engine):
         return bound.pi_on_support(parameters, masks)
 
     def state_dict(self, parameters: Parameters) -> dict[str, Any]:
-        """Supports, targets, rates, and the gradients that were seen."""
+        """Supports, offsets, rates, and the gradients that were seen."""
         p = parameters
         return {
             "prune_rate": self._prune_rate,
-            "rate": self._rate,
             "fixed": self._fixed,
             "stray": self._stray,
             "support": {n: like(f == 1, p[n]) for n, f in self._factors.items()},
-            "targets": {n: like(t, p[n]) for n, t in self._targets.items()},
+            "offsets": {n: like(o, p[n]) for n, o in self._offsets.items()},
             "importance": self._importance.state_dict(p),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Parameters) -> None:
         """Take up what :meth:`state_dict` gave, on the parameters' devices."""
-        self._prune_rate, self._rate = state["prune_rate"], state["rate"]
+        self._prune_rate = state["prune_rate"]
         self._fixed, self._stray = state["fixed"], state["stray"]
         self._keep(parts(state["support"], parameters), parameters)
-        self._targets = parts(state["targets"], parameters)
+        self._offsets = parts(state["offsets"], parameters)
         self._importance.load_state_dict(state["importance"], parameters)
 
     def _keep(self, support: Mapping[str, Tensor], parameters: Parameters) -> None:

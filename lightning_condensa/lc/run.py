@@ -133,15 +133,32 @@ class LCRun:
         return self._advance(optimizers)
 
     def project(self, weights: Mapping[str, Tensor]) -> dict[str, Encoded]:
-        """θ under the final scheme, as it would be deployed now; also while the ramp lasts."""
+        """θ of some weights under the final scheme; also while the ramp lasts.
+
+        Args:
+            weights: Those to deploy: an average, or :meth:`latent` of the ones that train.
+        """
         theta = self._engine.project(weights, self.bound)
         if self._progress < 1 and not self.plan.proximal:
             return self.bound.pi({name: encoded.decode() for name, encoded in theta.items()})
         return theta
 
-    def finish(self) -> dict[str, Encoded]:
-        """θ at the end of training."""
-        return self._engine.finish(self.parameters, self.bound)
+    def latent(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that train, as C-steps see them.
+
+        Args:
+            weights: Those that the network computes with.
+        """
+        return self._engine.latent(weights)
+
+    def finish(self, averaged: bool = False) -> dict[str, Encoded]:
+        """θ at the end of training.
+
+        Args:
+            averaged: Whether the parameters hold an average instead of what trained.
+        """
+        weights = self.parameters if averaged else self.latent(self.parameters)
+        return self._engine.finish(weights, self.bound)
 
     def relative_gaps(self, theta: Mapping[str, Encoded]) -> dict[str, float]:
         """‖w − Δ(θ)‖ / ‖Δ(θ)‖ of each parameter."""

@@ -20,11 +20,12 @@ from lightning_condensa.lc.ramps import Ramp, as_ramp
 class LCSchedule(Schedule):
     """The default: many short L-steps, a density ramp, a proximal penalty, a masked fine-tune.
 
-    The penalty acts after the optimizer's step, as its proximal operator: it moves w towards Δ(θ)
-    by a *rate*, the share of the distance that one step removes, ``μ·lr/(1 + μ·lr)``. It is the
-    same for every optimizer, stays out of gradient clipping and of Adam's statistics, and closes
-    the gap as the rate approaches 1. At a rate of 1 the constraint holds after each step and needs
-    no multipliers. What the scheme prunes has a rate of its own: ``prune_rate``.
+    What the scheme prunes is pulled to zero after the optimizer's step by the penalty's proximal
+    operator, which removes the share ``prune_rate = μ·lr/(1 + μ·lr)`` of it: the same for every
+    optimizer, and out of gradient clipping and of Adam's statistics. At a rate of 1 the constraint
+    holds after each step and needs no multipliers. What the scheme rounds, or otherwise projects,
+    is trained through the projection: the optimizer moves a latent weight, and the network computes
+    with a weight on the way from there to Δ(θ), further along in each L-step and there at the end.
 
     The C-step of a pruning scheme is a projection in a metric that knows the loss: it ranks
     ``|w|·(E[g²])^(importance/2)``, where ``E[g²]`` is the mean squared gradient of each weight over
@@ -42,8 +43,9 @@ class LCSchedule(Schedule):
         l_steps: L-steps in the L-C phase, evenly spread.
         every_n_steps: Optimizer steps from one C-step to the next, instead of ``l_steps``.
         every_n_epochs: Epochs from one C-step to the next, instead of ``l_steps``.
-        rate_start: Rate for the values of weights that are kept (rounding) in the first L-step.
-        rate_end: The same in the last one; the growth is geometric.
+        rate_start: How far the values of kept weights are on the way to what the scheme makes of
+            them (rounds them to) in the first L-step, in [0, 1].
+        rate_end: The same in the last one; it grows linearly.
         prune_rate: Rate for weights that are pruned; at 1 they are zero at once and stay out.
         ramp: Share of the L-C phase over which the density falls from dense to the scheme's.
         shape: Of that fall: a power, the one of a
@@ -60,7 +62,7 @@ class LCSchedule(Schedule):
     l_steps: int = 60
     every_n_steps: int | None = None
     every_n_epochs: int | None = None
-    rate_start: float = 1e-3
+    rate_start: float = 0.0
     rate_end: float = 1.0
     prune_rate: float = 1.0
     ramp: float = 1.0
@@ -82,9 +84,8 @@ class LCSchedule(Schedule):
                 "give every_n_steps or every_n_epochs, not both, "
                 f"got {self.every_n_steps} and {self.every_n_epochs}"
             )
-        for name in ("rate_start", "rate_end", "prune_rate"):
-            check_range(name, getattr(self, name), 0, 1, open_low=True)
-        for name in ("ramp", "finetune", "lr_exponent"):
+        check_range("prune_rate", self.prune_rate, 0, 1, open_low=True)
+        for name in ("rate_start", "rate_end", "ramp", "finetune", "lr_exponent"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("importance", self.importance, 0, 2)
         as_ramp(self.shape)
@@ -108,7 +109,7 @@ class LCSchedule(Schedule):
             c_steps = (*c_steps, *range(l_end + interval, total_steps, interval), total_steps)
         ramp, ramp_steps = as_ramp(self.shape), self.ramp * l_steps
         last = max(len(c_steps) - 2, 1)  # the last C-step ends the run: no L-step follows
-        growth = self.rate_end / self.rate_start
+        growth = self.rate_end - self.rate_start
         return Plan(
             c_steps=c_steps,
             progress=tuple(
@@ -116,7 +117,7 @@ class LCSchedule(Schedule):
                 for i in range(len(c_steps))
             ),
             strength=tuple(
-                min(self.rate_start * growth ** min(i / last, 1), 1.0) for i in range(len(c_steps))
+                self.rate_start + growth * min(i / last, 1.0) for i in range(len(c_steps))
             ),
             proximal=True,
             finetune_from=l_end if prunes else None,

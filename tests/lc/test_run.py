@@ -81,7 +81,7 @@ def test_quantized_least_squares() -> None:
     theta = train.finish()["weight"]
     assert not train.run.finetuning
     assert len(theta.unique()) <= 255
-    assert float(problem.loss(theta)) < 1.2 * problem.least_squares_on_truth()
+    assert float(problem.loss(theta)) < 1.25 * problem.least_squares_on_truth()
     assert train.c_steps[-1].gap < 0.01
 
 

@@ -1,0 +1,127 @@
+"""Accuracy under each quantizer at equal optimizer steps: L-C beside two other ways.
+
+    python benchmarks/quantizers.py --tasks digits-cnn
+    python benchmarks/quantizers.py --data DATA
+
+Every way starts from the same dense weights and trains for the same number of steps with the
+task's optimizer. *Once* trains on and rounds at the end. *Straight-through* is quantization-aware
+training: each forward pass rounds the weights as the scheme does, gradients pass the rounding
+unchanged (Bengio et al. 2013, arXiv:1308.3432), and the rounded weights are shipped. Cells are
+written one by one and not computed twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, silence
+from lc_quality import Study
+from peers import fit, optimizer_steps
+from tasks import TASKS, Start, TaskModule, dense_start
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_condensa import Codebook, CondensaCallback, DirectCompression, Quantize, Scheme
+
+NAME = "quantizers"
+SCHEMES: dict[str, Scheme] = {
+    "int8": Quantize("int8"),
+    "int4": Quantize("int4"),
+    "ternary": Quantize("ternary"),
+    "binary": Quantize("binary"),
+    "codebook 2": Codebook(2),
+    "codebook 16": Codebook(16),
+}
+WAYS = ("lc", "once", "straight-through")
+
+
+class Rounded(nn.Module):
+    """Rounds one weight in each forward pass; its gradient passes unchanged."""
+
+    def __init__(self, scheme: Scheme, layer: nn.Module) -> None:
+        super().__init__()
+        self.bound = [scheme.bind(layer)]  # no submodule
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return Δ(Π(w)), with the gradient of w."""
+        bound = self.bound[0]
+        with torch.no_grad():
+            (rounded,) = bound.delta(bound.pi(dict.fromkeys(bound.names, weight))).values()
+        return weight + (rounded - weight).detach()
+
+
+def compressed(start: Start, epochs: int, scheme: Scheme, way: str) -> TaskModule:
+    """The task's module with rounded weights, trained in one of the ways."""
+    module = start.module()
+    if way == "lc":
+        return fit(module, start, [CondensaCallback(scheme)], epochs)
+    if way == "once":
+        return fit(module, start, [DirectCompression(scheme)], epochs)
+    layers = {t.name.rpartition(".")[0] for t in scheme.select(module)}
+    for layer in (module.get_submodule(name) for name in sorted(layers)):
+        parametrize.register_parametrization(layer, "weight", Rounded(scheme, layer))
+    fit(module, start, [], epochs)
+    for layer in (module.get_submodule(name) for name in layers):
+        parametrize.remove_parametrizations(layer, "weight")  # leaves the rounded weight
+    return module
+
+
+def cell(start: Start, name: str, way: str, budget: int) -> dict[str, Any]:
+    """Compress once and measure.
+
+    Raises:
+        RuntimeError: If a weight is not as the scheme rounds it.
+    """
+    task, scheme = start.task, SCHEMES[name]
+    begin = time.perf_counter()
+    module = compressed(start, budget * task.epochs, scheme, way)
+    seconds = time.perf_counter() - begin
+    bound = scheme.bind(module)
+    named = dict(module.named_parameters())
+    for key, rounded in bound.delta(bound.pi(named)).items():
+        if not torch.equal(rounded, named[key].detach()):
+            raise RuntimeError(f"{way} left {key} off the values of {name}")
+    return {
+        "task": task.name,
+        "method": f"{name}, {way}",
+        "density": 1.0,
+        "budget": budget,
+        "seed": start.seed,
+        "test": task.measure(module, start.splits.test),
+        "val": task.measure(module, start.splits.val),
+        "optimizer_steps": optimizer_steps(start, budget * task.epochs),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    """Run what was asked for and write the results after every cell."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=["digits-cnn", "cifar-vgg", "cifar-resnet8"])
+    add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--data", type=Path, help="folder of cifar10/")
+    add("--out", type=Path, default=RESULTS, help="folder of the result file")
+    options = parser.parse_args()
+    silence()
+    torch.set_num_threads(1)
+    study = Study(options.out, NAME)
+    for task in options.tasks:
+        for seed in options.seeds:
+            start = dense_start(TASKS[task], seed, options.data)
+            study.add_dense(start, 1)
+            for name in options.schemes:
+                for way in options.ways:
+                    if (task, f"{name}, {way}", 1.0, 1, seed) not in study.cells():
+                        study.add(found := cell(start, name, way, 1))
+                        print({k: found[k] for k in ("task", "method", "seed", "test", "seconds")})
+
+
+if __name__ == "__main__":
+    main()
