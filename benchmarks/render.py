@@ -374,12 +374,39 @@ def paper() -> str | None:
     return table(header, rows) + note + source(results)
 
 
+WAYS = {"lc": "L-C", "once": "rounded once", "straight-through": "straight-through"}
+
+
+def quantizers() -> str | None:
+    """Every quantizer in each way, a table for each task."""
+    results = read_results("quantizers")
+    if not results:
+        return None
+    scores: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for c in results["cells"]:
+        name, way = c["method"].rsplit(", ", 1)
+        scores.setdefault(c["task"], {}).setdefault((name, way), []).append(c["test"])
+    parts = []
+    for task, found in scores.items():
+        rows = []
+        for name in dict.fromkeys(name for name, _ in found):
+            entries = (found.get((name, way)) for way in WAYS)
+            rows.append(
+                [name, *(spread(mean_sd(v)) + f" ({len(v)})" if v else NONE for v in entries)]
+            )
+        dense = mean_sd([d["test"] for d in results["dense"] if d["task"] == task])
+        note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
+        parts.append(f"### {task}\n\n" + table(["", *WAYS.values()], rows) + note)
+    return "".join(parts).rstrip("\n") + source({"environment": results["environments"][-1]})
+
+
 FIGURES: dict[str, Callable[[], str | None]] = {
     "demo": demo,
     "lc-quality": lc_quality,
     "lc-quality-tasks": lc_quality_tasks,
     "lc-study": lc_study,
     "paper": paper,
+    "quantizers": quantizers,
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
 }

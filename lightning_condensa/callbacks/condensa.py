@@ -42,8 +42,10 @@ class CondensaCallback(Callback):
     """Compress the module while it trains, with the L-C algorithm; after ``fit`` it holds θ.
 
     The user's own optimizer, precision, accumulation and clipping stay as they are: pruned weights
-    get no gradient, and what a scheme rounds is pulled to Δ(θ) after the optimizer's step (the
-    paper's penalty enters as a gradient, after unscaling and all-reduce and before clipping). A
+    get no gradient, what a scheme rounds is trained through its rounding, and optimizer steps are
+    made at a learning rate that rises as the network gets sparse, which schedulers and monitors do
+    not see (the paper's penalty enters as a gradient, after unscaling and all-reduce and before
+    clipping). A
     module that is sparse already is a warm start: the ramp begins at its density.
 
     Validation and test during ``fit``, checkpoints, early stopping and loggers see the compressed
