@@ -45,8 +45,7 @@ class CondensaCallback(Callback):
     get no gradient, what a scheme rounds is trained through its rounding, and optimizer steps are
     made at a learning rate that rises as the network gets sparse, which schedulers and monitors do
     not see (the paper's penalty enters as a gradient, after unscaling and all-reduce and before
-    clipping). A
-    module that is sparse already is a warm start: the ramp begins at its density.
+    clipping). A module that is sparse already is a warm start: the ramp begins at its density.
 
     Validation and test during ``fit``, checkpoints, early stopping and loggers see the compressed
     model, under the scheme's final density from the first epoch on. Checkpoints hold θ in

@@ -43,9 +43,10 @@ class SparseRates:
         self._restore()
         factor = self._factor()
         for group in optimizer.param_groups if factor != 1 else ():
-            if any(id(p) in self._pruned for p in group["params"]):
-                self._own.append((group, group["lr"]))
-                group["lr"] = group["lr"] * factor
+            lr = group.get("lr")  # some optimizers find their own
+            if lr is not None and any(id(p) in self._pruned for p in group["params"]):
+                self._own.append((group, lr))
+                group["lr"] = lr * factor
 
     def _restore(self, *args: object) -> None:
         while self._own:

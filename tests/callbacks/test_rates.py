@@ -111,3 +111,23 @@ def test_a_step_that_fails_leaves_the_users_rate(net, trainer, loader) -> None: 
     assert optimizer.used[-1][0] > 0.1
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_an_optimizer_without_a_learning_rate(net, trainer, loader) -> None:  # type: ignore[no-untyped-def]
+    class Own(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": None})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(0.05 * parameter.grad)
+            return loss
+
+    module = net()
+    module.configure_optimizers = lambda: Own(module.parameters())
+    lc = CondensaCallback(Prune(0.2), schedule={"l_steps": 5})
+    trainer(lc, max_epochs=2).fit(module, loader)
+    assert lc.compressed.theta["layers.0.weight"].nnz > 0
