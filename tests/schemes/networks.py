@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from lightning_condensa.schemes import Encoded, Scheme
+
 
 class Tied(nn.Module):
     """Two layers that share a weight, and one of its own."""
@@ -42,3 +44,17 @@ LAYERS = {
 def linears(*widths: int) -> nn.Sequential:
     """Linear layers in a row; parameters ``0.weight``, ``1.weight``, …"""
     return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))
+
+
+def filled(module: nn.Module, seed: int = 0) -> nn.Module:
+    """The module with normally distributed parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def pi(scheme: Scheme, module: nn.Module) -> dict[str, Encoded]:
+    """Π of a module's parameters."""
+    return scheme.bind(module).pi(dict(module.named_parameters()))

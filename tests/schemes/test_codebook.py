@@ -8,19 +8,9 @@ from torch import nn
 
 from lightning_condensa import Choice, Codebook, Compose, Prune, Scheme, load_compressed
 from lightning_condensa.deploy import CompressedModel
-from lightning_condensa.schemes import Encoded, NotFiniteError
+from lightning_condensa.schemes import NotFiniteError
 
-
-def filled(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return module
-
-
-def pi(scheme: Scheme, module: nn.Module) -> dict[str, Encoded]:
-    return scheme.bind(module).pi(dict(module.named_parameters()))
+from .networks import filled, pi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -22,21 +22,9 @@ from lightning_condensa.schemes import (
     Scheme,
 )
 
-from .networks import LAYERS, Tied, linears
+from .networks import LAYERS, Tied, filled, linears, pi
 
 SMALL = st.floats(-4, 4, width=16)
-
-
-def pi(scheme: Scheme, module: nn.Module) -> dict[str, Encoded]:
-    return scheme.bind(module).pi(dict(module.named_parameters()))
-
-
-def filled(module: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 def project(scheme: Scheme, layer: nn.Module, weight: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lightning_condensa import Compose, Prune, Quantize, load_compressed
 from lightning_condensa.deploy import CompressedModel
-from lightning_condensa.schemes import Choice, Encoded, Scheme
+from lightning_condensa.schemes import Choice, Scheme
+
+from .networks import filled, pi
 
 LEVELS = {"int8": 255, "int4": 15, "int2": 3, "ternary": 3, "binary": 2}
 LAYERS = {
@@ -20,18 +22,6 @@ LAYERS = {
     "depthwise": lambda: nn.Conv1d(6, 6, 3, groups=6),
     "lstm": lambda: nn.LSTM(7, 4),
 }
-
-
-def filled(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return module
-
-
-def pi(scheme: Scheme, module: nn.Module) -> dict[str, Encoded]:
-    return scheme.bind(module).pi(dict(module.named_parameters()))
 
 
 def groups_of(weight: Tensor, transposed: bool, group: int) -> list[Tensor]:
