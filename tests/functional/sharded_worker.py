@@ -322,6 +322,20 @@ def case_divergence_is_seen_by_all() -> None:
         raises(NotFiniteError, "weight holds values", lambda b=bound: b.pi(weights))
 
 
+def case_scales_by_groups_of_inputs() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(10, 7)
+    full = {n: p.detach().clone() for n, p in module.named_parameters()}
+    for dtype in ("int4", "binary", "float8_e4m3fn"):
+        bound = Quantize(dtype, granularity="group:4").bind(module)
+        expected = bound.pi(full)
+        for layout in (0, 2, 3, 5, 7):
+            weights = {n: place(w, layouts(w.dim())[layout]) for n, w in full.items()}
+            assert_same(bound.pi(weights)["weight"], expected["weight"], weights["weight"])
+        along_inputs = {n: place(w, layouts(w.dim())[1]) for n, w in full.items()}
+        raises(ValueError, "needs whole rows of inputs", lambda b=bound, w=along_inputs: b.pi(w))
+
+
 def case_fully_sharded() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(9, 15), nn.ReLU(), nn.Linear(15, 4))
