@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
     """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(_short(argument) for argument in sys.argv),
+        "command": " ".join([_script(), *(_short(argument) for argument in sys.argv[1:])]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
@@ -134,6 +134,12 @@ def _replace(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         file.write(text + "\n")
     Path(file.name).replace(path)
+
+
+def _script() -> str:
+    """This process's script as it is called from the root of the repository."""
+    name = Path(sys.argv[0]).name
+    return f"benchmarks/{name}" if (Path(__file__).parent / name).exists() else name
 
 
 def _short(argument: str) -> str:
