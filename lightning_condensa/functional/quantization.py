@@ -12,7 +12,8 @@ from lightning_condensa.functional.ranks import Ranks
 
 #: Least share of the scale that covers the largest magnitude that is tried, by the largest code.
 _SHRINK = {1: 0.08, 7: 0.4, 15: 0.6}
-_CANDIDATES = 16
+#: How many scales are tried: the more, the more codes there are to be clipped one by one.
+_CANDIDATES = {1: 8, 7: 16, 15: 16}
 _REFINEMENTS = 3
 #: Beyond 5 bits clipping below 90 % never pays: the grid is finer than the tail is long.
 _FINE = (0.974, 0.948, 0.922)
@@ -86,8 +87,9 @@ def _shrinks(high: int) -> Sequence[float]:
     """Shares of the covering scale to try."""
     if high > 15:
         return _FINE
-    ratio = next(s for levels, s in _SHRINK.items() if high <= levels) ** (1 / _CANDIDATES)
-    return [ratio**i for i in range(1, _CANDIDATES + 1)]
+    levels = next(levels for levels in _SHRINK if high <= levels)
+    count = _CANDIDATES[levels]
+    return [_SHRINK[levels] ** (i / count) for i in range(1, count + 1)]
 
 
 def mean_scale(rows: Tensor, sizes: Tensor, ranks: Ranks | None = None) -> Tensor:
