@@ -43,7 +43,6 @@ from lightning_condensa.deploy.words import (
 from lightning_condensa.schemes.encoded import Encoded
 
 _PROBE = 4096  # words that tell whether an alphabet is worth a look at all of them
-_WORTHWHILE = 4  # words for each code of an alphabet
 
 Parts: TypeAlias = dict[str, Words]
 """What one tensor adds to each stream."""
@@ -104,12 +103,12 @@ def pack_encoded(name: str, encoded: Encoded) -> tuple[EncodedEntry, Parts]:
     indices = np.flatnonzero(codes)
     gaps = encode_gaps(indices)
     values = codes[indices]
-    kept, every = _shortened(values), _shortened(codes)
+    stored, sparse = _shortest(codes), False
     # Codes that are all non-zero need no comparison, which saves the time on dense models.
-    sparse = len(values) < len(codes) and estimate_size(
-        [gaps, *split_planes(kept.words)]
-    ) < estimate_size(split_planes(every.words))
-    stored = kept if sparse else every
+    if len(values) < len(codes):
+        kept = _shortest(values)
+        if estimate_size([gaps]) + kept.size < stored.size:
+            stored, sparse = kept, True
     bits = 8 * stored.words.itemsize
     parts: Parts = {f"v{bits}": stored.words}
     if sparse:
@@ -136,22 +135,29 @@ def pack_encoded(name: str, encoded: Encoded) -> tuple[EncodedEntry, Parts]:
     return entry, parts
 
 
-class _Shortened(NamedTuple):
-    """Words, or bytes that are indices into an alphabet of them."""
+class _Stored(NamedTuple):
+    """Words, or bytes that are indices into an alphabet of them, and about how many bytes it takes.
+
+    An entry of the alphabet takes a little more than its own bytes: digits in the spec.
+    """
 
     words: Words
     alphabet: tuple[int, ...] | None
+    size: float
 
 
-def _shortened(words: Words) -> _Shortened:
-    """Words wider than a byte as indices, where they take few values: those of a codebook, say."""
+def _shortest(words: Words) -> _Stored:
+    """Words as they are, or as indices where they take few values: those of a codebook, say."""
+    plain = _Stored(words, None, estimate_size(split_planes(words)))
     if words.itemsize == 1 or len(np.unique(words[:_PROBE])) > MAX_ALPHABET:
-        return _Shortened(words, None)
+        return plain
     alphabet, indices = np.unique(words, return_inverse=True)
-    # Each code of the alphabet takes about 10 characters in the spec.
-    if len(alphabet) > MAX_ALPHABET or len(words) < _WORTHWHILE * max(len(alphabet), 1):
-        return _Shortened(words, None)
-    return _Shortened(indices.astype(np.uint8), tuple(alphabet.tolist()))
+    if not 0 < len(alphabet) <= MAX_ALPHABET:
+        return plain
+    narrow = indices.astype(np.uint8)
+    size = estimate_size([narrow]) + 1.25 * alphabet.nbytes
+    short = _Stored(narrow, tuple(alphabet.tolist()), size)
+    return min(plain, short, key=lambda stored: stored.size)
 
 
 def unpack_encoded(entry: EncodedEntry, reader: StreamReader) -> Encoded:
