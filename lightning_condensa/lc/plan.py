@@ -14,10 +14,10 @@ class Plan:
     Attributes:
         c_steps: How many optimizer steps precede each C-step; the first is 0, before training.
         progress: Position of each C-step on the ramp from dense (0) to the scheme (1).
-        strength: Of the pull on w in the L-step after each C-step: μ where it is a gradient, the
-            share of the distance that one optimizer step removes where it is proximal.
-        proximal: Whether w is pulled after the optimizer's step; else ``μ(w − Δ(θ)) − λ`` is
-            added to the gradient before it.
+        strength: Of the pull on w in the L-step after each C-step: μ where it is a gradient; else
+            how far projected values are on the way from their latent weight to Δ(θ).
+        proximal: Whether w is kept to θ beside the optimizer's steps; else ``μ(w − Δ(θ)) − λ`` is
+            added to the gradient before them.
         finetune_from: Optimizer steps after which the support stays as it is; ``None`` for never.
         prune_rate: Share of a pruned weight that one optimizer step removes (proximal only).
         importance: Exponent of the mean squared gradient's root in the metric of the C-step.
