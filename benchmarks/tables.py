@@ -1,0 +1,29 @@
+"""Markdown tables, and where their figures come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+NONE = "–"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; every column but the first is aligned right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """``mean ± sd`` of such a pair."""
+    mean, sd = values
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+
+
+def source(results: dict[str, Any]) -> str:
+    """Where the figures come from, in a line."""
+    e = results["environment"]
+    return (
+        f"\n`{e['command']}`, torch {e['versions']['torch']}, {e['cpu']}, "
+        f"{e['torch_threads']} thread(s), {e['date'][:10]}.\n"
+    )
