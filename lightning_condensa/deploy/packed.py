@@ -18,6 +18,7 @@ from lightning_condensa.deploy.container import read_container, write_container
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed_info import PackedInfo, describe
 from lightning_condensa.deploy.spec import (
+    Segment,
     Spec,
     StoredStream,
     dump_spec,
@@ -29,6 +30,7 @@ from lightning_condensa.deploy.streams import (
     compress,
     decompress,
     join_planes,
+    joined,
     split_planes,
 )
 from lightning_condensa.deploy.tensor_codec import (
@@ -99,17 +101,18 @@ def pack(packed: Packed) -> bytes:
     for _, parts in (*coded, *plain):
         for name, part in parts.items():
             words[name].append(part)
-    chunks = {
-        name: [compress(plane) for plane in split_planes(np.concatenate(words[name]))]
-        for name in stream_counts([*encoded, *rest])
-    }
-    streams = tuple(
-        StoredStream(name, tuple((chunk.codec, len(chunk.data)) for chunk in planes))
-        for name, planes in chunks.items()
-    )
-    spec = dump_spec(Spec(encoded, rest, dict(packed.aliases), streams))
-    data = b"".join(chunk.data for planes in chunks.values() for chunk in planes)
-    return write_container({"spec": spec, "data": data}, packed.metadata)
+    streams = []
+    data: list[bytes | memoryview] = []
+    for name in stream_counts([*encoded, *rest]):
+        segments = []
+        for part in joined(words[name]):
+            chunks = [compress(plane) for plane in split_planes(part)]
+            data += [chunk.data for chunk in chunks]
+            sizes = tuple((chunk.codec, len(chunk.data)) for chunk in chunks)
+            segments.append(Segment(len(part), sizes))
+        streams.append(StoredStream(name, tuple(segments)))
+    spec = dump_spec(Spec(encoded, rest, dict(packed.aliases), tuple(streams)))
+    return write_container({"spec": spec, "data": b"".join(data)}, packed.metadata)
 
 
 def unpack(data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Packed:
@@ -224,14 +227,16 @@ def _open(data: bytes) -> tuple[dict[str, str], Spec, memoryview]:
 
 
 def _read_streams(spec: Spec, data: memoryview) -> dict[str, Words]:
-    counts = stream_counts(spec.entries)
     streams: dict[str, Words] = {}
     position = 0
     for stream in spec.streams:
-        planes = []
-        for codec, size in stream.chunks:
-            chunk = Chunk(codec, data[position : position + size])
-            planes.append(decompress(chunk, counts[stream.name]))
-            position += size
-        streams[stream.name] = join_planes(planes)
+        parts = []
+        for segment in stream.segments:
+            planes = []
+            for codec, size in segment.chunks:
+                chunk = Chunk(codec, data[position : position + size])
+                planes.append(decompress(chunk, segment.words))
+                position += size
+            parts.append(join_planes(planes))
+        streams[stream.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return streams

@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from lightning_condensa.deploy.spec import (
     EncodedEntry,
     Entry,
     Spec,
+    StoredStream,
     stream_counts,
     stream_width,
     type_bits,
@@ -28,8 +31,8 @@ class TensorInfo:
         bits: Bits of one stored value.
         nnz: Values whose bit pattern is not zero; ``None`` for the rest, where it is not known.
         raw_bytes: Positions, values and scales before compression.
-        bytes: Its part of the compressed streams. A stream is shared by tensors, each bearing
-            its share of the raw bytes, so this is exact for a stream of one tensor's own.
+        bytes: Its part of the compressed streams. A segment is shared by tensors, each bearing
+            its share of the raw bytes, so this is exact for segments of one tensor's own.
     """
 
     name: str
@@ -53,12 +56,14 @@ class StreamInfo:
 
     Attributes:
         name: What it holds (g: gaps, v: values, s: scales, r: rest) and the bits of a word.
-        codecs: How each byte plane is stored, least significant first.
+        segments: Parts that are compressed by themselves.
+        codecs: How byte planes are stored, each codec once.
         raw_bytes: Bytes before compression.
         bytes: Bytes in the file.
     """
 
     name: str
+    segments: int
     codecs: tuple[str, ...]
     raw_bytes: int
     bytes: int
@@ -95,9 +100,9 @@ class PackedInfo:
         )
         lines.append("")
         lines += _table(
-            ("stream", "codecs", "raw bytes", "bytes"),
+            ("stream", "segments", "codecs", "raw bytes", "bytes"),
             [
-                (s.name, " ".join(s.codecs), f"{s.raw_bytes:,}", f"{s.bytes:,}")
+                (s.name, str(s.segments), " ".join(s.codecs), f"{s.raw_bytes:,}", f"{s.bytes:,}")
                 for s in self.streams
             ],
         )
@@ -120,9 +125,9 @@ def describe(spec: Spec, metadata: Mapping[str, str], file_bytes: int) -> Packed
         What to show.
 
     Example:
-        >>> from lightning_condensa.deploy.spec import RestEntry, StoredStream
+        >>> from lightning_condensa.deploy.spec import RestEntry, Segment, StoredStream
         >>> entry = RestEntry("bias", (2,), "F32")
-        >>> streams = (StoredStream("r32", (("raw", 2),) * 4),)
+        >>> streams = (StoredStream("r32", (Segment(2, (("raw", 2),) * 4),)),)
         >>> describe(Spec((), (entry,), {}, streams), {}, 300).tensors[0].bytes
         8.0
     """
@@ -130,18 +135,35 @@ def describe(spec: Spec, metadata: Mapping[str, str], file_bytes: int) -> Packed
     streams = tuple(
         StreamInfo(
             name=stream.name,
-            codecs=tuple(codec for codec, _ in stream.chunks),
+            segments=len(stream.segments),
+            codecs=tuple(dict.fromkeys(c for part in stream.segments for c, _ in part.chunks)),
             raw_bytes=counts[stream.name] * stream_width(stream.name),
             bytes=stream.stored_bytes,
         )
         for stream in spec.streams
     )
-    per_word = {stream.name: stream.stored_bytes / counts[stream.name] for stream in spec.streams}
-    tensors = tuple(_describe_tensor(entry, per_word) for entry in spec.entries)
+    shares = {stream.name: _Shares(stream) for stream in spec.streams}
+    tensors = tuple(_describe_tensor(entry, shares) for entry in spec.entries)
     return PackedInfo(tensors, streams, spec.aliases, metadata, file_bytes)
 
 
-def _describe_tensor(entry: Entry, per_word: Mapping[str, float]) -> TensorInfo:
+class _Shares:
+    """Hands out the stored bytes of a stream's words in order."""
+
+    def __init__(self, stream: StoredStream) -> None:
+        self._words = np.cumsum([0, *(part.words for part in stream.segments)])
+        self._bytes = np.cumsum([0, *(part.stored_bytes for part in stream.segments)])
+        self._position = 0
+
+    def take(self, words: int) -> float:
+        """The bytes of the next words, those of a segment in equal shares."""
+        ends = [self._position, self._position + words]
+        self._position += words
+        begin, end = np.interp(ends, self._words, self._bytes)
+        return float(end - begin)
+
+
+def _describe_tensor(entry: Entry, shares: Mapping[str, _Shares]) -> TensorInfo:
     if isinstance(entry, EncodedEntry):
         storage = "sparse" if entry.sparse else "dense"
         value_type, bits, nnz = entry.value_type, entry.bits, entry.nnz
@@ -155,7 +177,7 @@ def _describe_tensor(entry: Entry, per_word: Mapping[str, float]) -> TensorInfo:
         bits=bits,
         nnz=nnz,
         raw_bytes=sum(count * stream_width(name) for name, count in entry.stored.items()),
-        bytes=sum(count * per_word[name] for name, count in entry.stored.items() if count),
+        bytes=sum(shares[name].take(count) for name, count in entry.stored.items() if count),
     )
 
 

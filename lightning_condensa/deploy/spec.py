@@ -105,21 +105,39 @@ Entry: TypeAlias = EncodedEntry | RestEntry
 
 
 @dataclass(frozen=True)
-class StoredStream:
-    """One stream: byte planes of equally wide words, one chunk each.
+class Segment:
+    """Consecutive words of a stream: byte planes, one chunk each.
 
     Attributes:
-        name: What it holds and the bits of a word, as in ``v16``.
+        words: How many.
         chunks: Codec and stored bytes of each plane, least significant first.
     """
 
-    name: str
+    words: int
     chunks: tuple[tuple[str, int], ...]
 
     @property
     def stored_bytes(self) -> int:
         """Bytes in the file."""
         return sum(size for _, size in self.chunks)
+
+
+@dataclass(frozen=True)
+class StoredStream:
+    """One stream of equally wide words.
+
+    Attributes:
+        name: What it holds and the bits of a word, as in ``v16``.
+        segments: Its words in order.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(segment.stored_bytes for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -226,7 +244,7 @@ def dump_spec(spec: Spec) -> bytes:
         for e in spec.encoded
     ]
     rest = [[e.name, e.shape, e.dtype] for e in spec.rest]
-    streams = [[stream.name, stream.chunks] for stream in spec.streams]
+    streams = [[s.name, [[part.words, part.chunks] for part in s.segments]] for s in spec.streams]
     text = dump_json(
         {"encoded": encoded, "rest": rest, "aliases": spec.aliases, "streams": streams}
     )

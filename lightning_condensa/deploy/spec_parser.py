@@ -29,6 +29,7 @@ from lightning_condensa.deploy.spec import (
     EncodedEntry,
     Entry,
     RestEntry,
+    Segment,
     Spec,
     StoredStream,
     scale_fits,
@@ -179,14 +180,22 @@ def _parse_streams(value: object, counts: dict[str, int]) -> tuple[StoredStream,
     names = [require_text(name, "a stream's name") for name, _ in items]
     if names != list(counts):
         raise PackedFileError(f"the tensors need the streams {list(counts)}, others are listed")
-    streams = []
-    for name, planes in items:
-        what = f"stream {name}"
+    return tuple(StoredStream(name, _parse_segments(name, s, counts[name])) for name, s in items)
+
+
+def _parse_segments(stream: str, value: object, count: int) -> tuple[Segment, ...]:
+    what = f"stream {stream}"
+    segments = []
+    for item in require_list(value, f"the segments of {what}"):
+        words, planes = require_list(item, f"a segment of {what}", 2)
+        words = require_count(words, f"words of a segment of {what}", count)
         chunks = []
-        for plane in require_list(planes, f"the planes of {what}", stream_width(name)):
+        for plane in require_list(planes, f"the planes of {what}", stream_width(stream)):
             codec, size = require_list(plane, f"a plane of {what}", 2)
             codec = _parse_choice(codec, CODECS, f"codec of {what}")
             # A stored plane is never larger than the plane itself.
-            chunks.append((codec, require_count(size, f"a plane of {what}", counts[name])))
-        streams.append(StoredStream(name, tuple(chunks)))
-    return tuple(streams)
+            chunks.append((codec, require_count(size, f"a plane of {what}", words)))
+        segments.append(Segment(words, tuple(chunks)))
+    if (words := sum(segment.words for segment in segments)) != count:
+        raise PackedFileError(f"{what} has segments of {words} words, the tensors need {count}")
+    return tuple(segments)

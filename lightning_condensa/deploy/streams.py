@@ -32,6 +32,8 @@ _FAST_LEVEL = 1
 _LONG_CHUNK = 4 << 20
 _LONG_LEVEL = 3
 _WORTHWHILE = 0.995
+# What another segment takes in the spec, about.
+_SEGMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,40 @@ def join_planes(planes: Sequence[NDArray[np.uint8]]) -> Words:
     little = np.stack(planes, axis=1).view(native.newbyteorder("<")).reshape(-1)
     words: Words = little.astype(native, copy=False)
     return words
+
+
+def joined(parts: Sequence[Words]) -> list[Words]:
+    """What tensors add to a stream, as few segments that are better compressed by themselves.
+
+    Neighbours whose words are alike share a segment and so its code; others would spoil it.
+
+    Args:
+        parts: Words of each tensor, equally wide; at least one word in all.
+
+    Returns:
+        The same words in the same order.
+
+    Example:
+        >>> few, many = np.zeros(10, np.uint8), np.arange(200, dtype=np.uint8)
+        >>> [len(segment) for segment in joined([few, few, many])]
+        [220]
+    """
+    segments: list[list[Words]] = []
+    for part in (p for p in parts if len(p)):
+        if segments and _alike(segments[-1][-1], part):
+            segments[-1].append(part)
+        else:
+            segments.append([part])
+    return [np.concatenate(segment) for segment in segments]
+
+
+def _alike(first: Words, second: Words) -> bool:
+    """Whether two parts take no more bytes together than apart."""
+    if min(first.nbytes, second.nbytes) <= _SEGMENT_BYTES:
+        return True
+    apart = sum(estimate_size(split_planes(part)) for part in (first, second))
+    together = estimate_size(split_planes(np.concatenate([first, second])))
+    return together <= apart + _SEGMENT_BYTES
 
 
 def compress(data: NDArray[np.uint8] | bytes) -> Chunk:

@@ -26,10 +26,15 @@ def with_spec(spec: object, data: bytes) -> bytes:
     return write_container({"spec": zlib.compress(text), "data": data}, {})
 
 
+def stream(name: str, words: int, codec: str = "raw") -> list[object]:
+    """A stream of bytes in one segment, as the spec lists it."""
+    return [name, [[words, [[codec, words]]]]]
+
+
 def one_tensor(shape: list[int], nnz: object, gaps: list[int] | None, values: list[int]) -> bytes:
     """A file of one int8 tensor, stored raw, as declared."""
-    listed = [["g8", [["raw", len(gaps)]]]] if gaps else []
-    listed += [["v8", [["raw", len(values)]]]] if values else []
+    listed = [stream("g8", len(gaps))] if gaps else []
+    listed += [stream("v8", len(values))] if values else []
     gap_bytes = None if gaps is None else len(gaps)
     entry = ["w", shape, nnz, gap_bytes, "I8", 8, "F32", None, None, None]
     spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": listed}
@@ -96,14 +101,14 @@ def encoded_entry(**changes: object) -> list[object]:
     ],
 )
 def test_hostile_entries(entry: object, message: str) -> None:
-    streams = [["v8", [["raw", 8]]]]
+    streams = [stream("v8", 8)]
     spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": streams}
     with pytest.raises(PackedFileError, match=message):
         unpack(with_spec(spec, b"12345678"))
 
 
 def test_the_entry_of_those_tests_is_good_by_itself() -> None:
-    streams = [["v8", [["raw", 8]]]]
+    streams = [stream("v8", 8)]
     spec = {"encoded": [encoded_entry()], "rest": [], "aliases": {}, "streams": streams}
     assert unpack(with_spec(spec, b"12345678")).encoded["w"].codes.tolist() == list(b"12345678")
 
@@ -121,20 +126,25 @@ def test_the_entry_of_those_tests_is_good_by_itself() -> None:
         ({"aliases": {"v": 1}}, "must be a string"),
         ({"aliases": []}, "must be an object"),
         ({"streams": []}, "need the streams"),
-        ({"streams": [["v16", [["raw", 8], ["raw", 8]]]]}, "need the streams"),
-        ({"streams": [["v8", [["raw", 8]]]] * 2}, "need the streams"),
-        ({"streams": [["v8", []]]}, "a list of 1 items"),
-        ({"streams": [["v8", [["raw", 9]]]]}, "from 0 to 8"),
-        ({"streams": [["v8", [["raw", 7]]]]}, "streams take 7 bytes, the file holds 8"),
-        ({"streams": [["v8", [["pickle", 8]]]]}, "unknown codec"),
-        ({"streams": [["v8", [["zstd", 8]]]]}, "zstd chunk"),
-        ({"streams": [["v8", [["zlib", 8]]]]}, "zlib chunk is corrupt"),
+        ({"streams": [["v16", [[8, [["raw", 8], ["raw", 8]]]]]]}, "need the streams"),
+        ({"streams": [stream("v8", 8)] * 2}, "need the streams"),
+        ({"streams": [["v8", [[8, []]]]]}, "a list of 1 items"),
+        ({"streams": [["v8", [[8]]]]}, "a list of 2 items"),
+        ({"streams": [["v8", []]]}, "segments of 0 words, the tensors need 8"),
+        ({"streams": [["v8", [[4, [["raw", 8]]], [4, [["raw", 0]]]]]]}, "from 0 to 4"),
+        ({"streams": [["v8", [[8, [["raw", 8]]]] * 2]]}, "segments of 16 words"),
+        ({"streams": [["v8", [[-8, [["raw", 0]]], [8, [["raw", 8]]]]]]}, "from 0 to 8"),
+        ({"streams": [stream("v8", 9)]}, "from 0 to 8"),
+        ({"streams": [["v8", [[8, [["raw", 7]]]]]]}, "streams take 7 bytes, the file holds 8"),
+        ({"streams": [stream("v8", 8, "pickle")]}, "unknown codec"),
+        ({"streams": [stream("v8", 8, "zstd")]}, "zstd chunk"),
+        ({"streams": [stream("v8", 8, "zlib")]}, "zlib chunk is corrupt"),
         ({"streams": {"v8": 8}}, "streams must be a list"),
         ({"more": 1}, "must be an object with the keys"),
     ],
 )
 def test_hostile_specs(changes: dict[str, object], message: str) -> None:
-    streams = [["v8", [["raw", 8]]]]
+    streams = [stream("v8", 8)]
     spec = {"encoded": [encoded_entry()], "rest": [], "aliases": {}, "streams": streams}
     with pytest.raises(PackedFileError, match=message):
         unpack(with_spec({**spec, **changes}, b"12345678"))
@@ -183,7 +193,7 @@ def test_booleans_are_0_or_1() -> None:
         "encoded": [],
         "rest": [["b", [2], "BOOL"]],
         "aliases": {},
-        "streams": [["r8", [["raw", 2]]]],
+        "streams": [stream("r8", 2)],
     }
     assert unpack(with_spec(spec, b"\1\0")).rest["b"].tolist() == [True, False]
     with pytest.raises(PackedFileError, match="boolean"):
@@ -217,7 +227,7 @@ def test_lack_of_memory_is_an_error_of_the_file(monkeypatch: pytest.MonkeyPatch)
 
 def test_indices_beyond_the_alphabet() -> None:
     entry = encoded_entry(shape=[4], nnz=3, type="F32", alphabet=[0, 1 << 30])
-    spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": [["v8", [["raw", 4]]]]}
+    spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": [stream("v8", 4)]}
     found = unpack(with_spec(spec, bytes([1, 0, 1, 1]))).encoded["w"]
     assert found.decode().tolist() == [2.0, 0.0, 2.0, 2.0]
     with pytest.raises(PackedFileError, match="indices beyond its alphabet"):
@@ -235,7 +245,7 @@ def test_bombs_do_not_go_off(codec: str) -> None:
         "encoded": [encoded_entry(shape=[numel], nnz=0)],
         "rest": [],
         "aliases": {},
-        "streams": [["v8", [[codec, len(stored)]]]],
+        "streams": [["v8", [[numel, [[codec, len(stored)]]]]]],
     }
     with pytest.raises(PackedFileError, match=f"{numel}"):
         unpack(with_spec(spec, stored))

@@ -21,6 +21,7 @@ from lightning_condensa.deploy.streams import (
     estimate_size,
     inflate,
     join_planes,
+    joined,
     split_planes,
 )
 from lightning_condensa.deploy.words import Words
@@ -170,3 +171,20 @@ def test_inflate_stops_at_its_limit() -> None:
     bomb = zlib.compress(bytes(50_000_000))
     with pytest.raises(PackedFileError, match="more than the 100 bytes"):
         inflate(bomb, limit=100)
+
+
+@given(st.lists(st.lists(st.integers(0, 255), max_size=60), min_size=1, max_size=6))
+def test_segments_hold_all_words_in_order(parts: list[list[int]]) -> None:
+    segments = joined([np.array(part, np.uint8) for part in parts])
+    assert all(len(segment) for segment in segments)
+    flat = [word for segment in segments for word in segment.tolist()]
+    assert flat == [word for part in parts for word in part]
+
+
+def test_words_that_are_not_alike_are_compressed_apart() -> None:
+    rng = np.random.default_rng(0)
+    narrow = rng.geometric(0.5, 20_000).clip(max=255).astype(np.uint8)
+    wide = rng.geometric(0.02, 20_000).clip(max=255).astype(np.uint8)
+    assert [len(s) for s in joined([narrow, narrow, wide, wide])] == [40_000, 40_000]
+    together = len(compress(np.concatenate([narrow, wide])).data)
+    assert sum(len(compress(part).data) for part in (narrow, wide)) < 0.95 * together
