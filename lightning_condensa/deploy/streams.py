@@ -150,18 +150,19 @@ def joined(parts: Sequence[Words]) -> list[Words]:
         [220]
     """
     segments: list[list[Words]] = []
+    last: Words = np.empty(0, np.uint8)  # of those that are worth a look
     for part in (p for p in parts if len(p)):
-        if segments and _alike(segments[-1][-1], part):
+        small = part.nbytes <= _SEGMENT_BYTES
+        if segments and (small or len(last) == 0 or _alike(last, part)):
             segments[-1].append(part)
         else:
             segments.append([part])
+        last = last if small else part
     return [np.concatenate(segment) for segment in segments]
 
 
 def _alike(first: Words, second: Words) -> bool:
     """Whether two parts take no more bytes together than apart."""
-    if min(first.nbytes, second.nbytes) <= _SEGMENT_BYTES:
-        return True
     apart = sum(estimate_size(split_planes(part)) for part in (first, second))
     together = estimate_size(split_planes(np.concatenate([first, second])))
     return together <= apart + _SEGMENT_BYTES
