@@ -34,6 +34,18 @@ from lightning_condensa.schemes.prune import DensityPrune
 
 _Law = Callable[[Scheme, nn.Module], None]
 
+
+class _GroupedQuery(nn.Module):
+    """The projections of an attention whose query heads share keys and values in pairs."""
+
+    num_heads = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
 #: Layers that models are made of, small; a scheme is tried on those that it selects.
 LAYERS: Mapping[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(24, 16),
@@ -46,6 +58,7 @@ LAYERS: Mapping[str, Callable[[], nn.Module]] = {
     "lstm": lambda: nn.LSTM(8, 6),
     "gru": lambda: nn.GRU(8, 6),
     "attention": lambda: nn.MultiheadAttention(16, 4),
+    "grouped-query attention": _GroupedQuery,
     "two layers": lambda: nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)),
 }
 
@@ -69,7 +82,7 @@ def check_scheme(
     Example:
         >>> from lightning_condensa import Quantize
         >>> check_scheme(Quantize("int4"), "idempotent")
-        11
+        12
     """
     tried = 0
     for name, build in layers.items():

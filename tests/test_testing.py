@@ -15,6 +15,7 @@ from lightning_condensa import (
     Codebook,
     Compose,
     FilterPrune,
+    HeadPrune,
     NeuronPrune,
     NMPrune,
     Prune,
@@ -44,6 +45,7 @@ SCHEMES: dict[str, Scheme] = {
     "filter": FilterPrune(0.5, criterion="max"),
     "block": BlockPrune(0.4, (4, 4)),
     "ragged block": BlockPrune(0.4, (5, 7)),
+    "head": HeadPrune(0.5, criterion="l1"),
     "n:m": NMPrune(2, 4),
     "float16": Quantize("float16"),
     "bfloat16": Quantize("bfloat16"),
@@ -62,6 +64,7 @@ SCHEMES: dict[str, Scheme] = {
     "prune, codebook": Compose([Prune(0.3), Codebook(2)]),
     "prune, int8": Compose([Prune(0.3), Quantize("int8")]),
     "filter, ternary": Compose([FilterPrune(0.5), Quantize("ternary")]),
+    "head, int8": Compose([HeadPrune(0.5), Quantize("int8")]),
     "mixed by layer": Compose(
         [Prune(0.5, overrides={"0": 0.8}), Quantize("int4", types=("Linear", "Conv2d"))]
     ),

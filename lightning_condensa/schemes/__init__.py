@@ -6,6 +6,7 @@ from lightning_condensa.schemes.codebook import Codebook
 from lightning_condensa.schemes.compose import Compose
 from lightning_condensa.schemes.encoded import Encoded
 from lightning_condensa.schemes.finite import NotFiniteError
+from lightning_condensa.schemes.heads import HeadPrune
 from lightning_condensa.schemes.prune import Prune
 from lightning_condensa.schemes.quantize import Quantize
 from lightning_condensa.schemes.selection import SelectionError, Skipped, Target
@@ -20,6 +21,7 @@ __all__ = [
     "Compose",
     "Encoded",
     "FilterPrune",
+    "HeadPrune",
     "NMPrune",
     "NeuronPrune",
     "NotFiniteError",

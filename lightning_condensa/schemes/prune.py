@@ -86,13 +86,17 @@ class DensityPrune(Scheme, ABC):
         changed = {}
         for pool in self.pools(targets):
             require_finite({t.name: theta[t.name].codes for t in pool.targets})
-            scores = [self.score(t, theta[t.name].codes) for t in pool.targets]
+            scores = [self.scores(theta, t) for t in pool.targets]
             for target, keep in zip(pool.targets, self._keep(pool, scores), strict=True):
                 encoded = theta[target.name]
                 mask = self.expand(target, keep, encoded.codes.shape)
                 changed[target.name] = encoded.masked(mask)
                 changed.update(self.follow(theta, target, keep))
         return changed
+
+    def scores(self, theta: Mapping[str, Encoded], target: Target) -> Tensor:
+        """The scores of a target's elements or groups: those of its weight."""
+        return self.score(target, theta[target.name].codes)
 
     def follow(
         self, theta: Mapping[str, Encoded], target: Target, keep: Tensor

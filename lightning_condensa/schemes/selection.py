@@ -82,17 +82,12 @@ def select(
     """
     targets = [t for t, reason in _judge(module, types, include, exclude) if reason is None]
     candidates = [t.name for t, reason in _judge(module, types, (), ()) if reason is None]
-    for kind, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(re.search(pattern, name) for name in candidates):
-                raise SelectionError(
-                    f"{kind}={pattern!r} matches no weight; there are {_shorten(candidates)}"
-                )
+    require_matches(candidates, include, exclude)
     if not targets:
         raise SelectionError(
             f"the scheme selects no weight of {type(module).__name__}: types={tuple(types)}, "
             f"include={tuple(include)}, exclude={tuple(exclude)}; "
-            f"weights of these types: {_shorten(candidates)}"
+            f"weights of these types: {shorten(candidates)}"
         )
     return targets
 
@@ -118,6 +113,32 @@ def check_pattern(argument: str, pattern: str) -> None:
         ) from error
 
 
+def require_matches(
+    candidates: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """Raise :class:`SelectionError` if a pattern matches none of the candidates' names."""
+    for kind, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in candidates):
+                raise SelectionError(
+                    f"{kind}={pattern!r} matches no weight; there are {shorten(candidates)}"
+                )
+
+
+def unwanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why patterns leave a parameter out; ``None`` where they do not."""
+    if include and not any(re.search(p, name) for p in include):
+        return "matches no include pattern"
+    matched = next((p for p in exclude if re.search(p, name)), None)
+    return None if matched is None else f"excluded by {matched!r}"
+
+
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """The first names, and how many there are."""
+    shown = ", ".join(names[:limit]) or "none"
+    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
+
+
 def _judge(
     module: nn.Module, types: Sequence[str], include: Sequence[str], exclude: Sequence[str]
 ) -> Iterator[tuple[Target, str | None]]:
@@ -141,10 +162,8 @@ def _judge(
                 reason = "not a weight matrix (fewer than two dimensions)"
             elif not parameter.is_floating_point():
                 reason = f"of type {parameter.dtype}"
-            elif include and not any(re.search(p, local) for p in include):
-                reason = "matches no include pattern"
-            elif matched := next((p for p in exclude if re.search(p, local)), None):
-                reason = f"excluded by {matched!r}"
+            else:
+                reason = unwanted(local, include, exclude)
             bias = getattr(layer, "bias", None)
             owns_bias = isinstance(bias, nn.Parameter) and local.endswith("weight")
             groups = getattr(layer, "groups", 1)
@@ -159,8 +178,3 @@ def _judge(
                 ),
                 reason,
             )
-
-
-def _shorten(names: Sequence[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit]) or "none"
-    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

@@ -61,17 +61,28 @@ class GroupPrune(DensityPrune):
             return weight.new_empty(grid)
         weight = uncut(weight, grouping.unit(weight.shape), target.name)
         part = local(weight)
-        rows, sizes = grouping.split(part)
+        score = self.judged(target, *grouping.split(part), Ranks.holding([weight]))
+        return like(score.view(grouping.grid(part.shape)), weight, grid)
+
+    def judged(self, target: Target, rows: Tensor, sizes: Tensor, ranks: Ranks) -> Tensor:
+        """The criterion of groups that are rows, checked on all processes.
+
+        Args:
+            target: For the error.
+            rows: ``(groups, size)``, as a grouping splits.
+            sizes: ``(groups, 1)``, elements of each group.
+            ranks: The processes that make the call.
+        """
         # In float32 at least: sums of squares of finite halves overflow, and round into ties.
         wide = torch.promote_types(rows.dtype, torch.float32)
         score = get_criterion(self.criterion)(rows.abs().to(wide), sizes.to(wide))
         wrong = score.shape != sizes.shape[:1] or bool(score.isnan().any())
-        if any(Ranks.holding([weight]).totals([wrong])):
+        if any(ranks.totals([wrong])):
             raise ValueError(
                 f"criterion {self.criterion!r} must return {len(sizes)} scores that are not NaN "
                 f"for {target.name}, got shape {tuple(score.shape)}"
             )
-        return like(score.view(grouping.grid(part.shape)), weight, grid)
+        return score
 
     def expand(self, target: Target, keep: Tensor, shape: torch.Size) -> Tensor:
         """Repeat each group's verdict over its elements."""

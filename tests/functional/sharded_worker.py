@@ -41,6 +41,7 @@ from lightning_condensa.schemes import (
     Compose,
     Encoded,
     FilterPrune,
+    HeadPrune,
     NeuronPrune,
     NMPrune,
     NotFiniteError,
@@ -289,6 +290,26 @@ def check_scheme(scheme: Scheme) -> None:
         theta = bound.pi(weights)
         for name in bound.names:
             assert_same(theta[name], expected[name], weights[name])
+
+
+def case_attention_heads() -> None:
+    module = nn.ModuleDict({"torch": nn.MultiheadAttention(12, 3), "shared": nn.Module()})
+    module["shared"].num_heads = 4
+    for name, (rows, inputs) in {"q": (8, 5), "k": (4, 5), "v": (4, 5), "o": (5, 8)}.items():
+        module["shared"].add_module(f"{name}_proj", nn.Linear(inputs, rows))
+    torch.manual_seed(0)
+    full = {n: torch.randn(p.shape) for n, p in module.named_parameters()}
+    bound = HeadPrune(0.4, min_per_layer=1).bind(module)
+    expected = bound.pi(full)
+    for layout in (0, 1, 2, 3, 4, 5, 7):
+        weights = {n: place(w, layouts(w.dim())[layout]) for n, w in full.items()}
+        theta = bound.pi(weights)
+        for name in bound.names:
+            assert_same(theta[name], expected[name], weights[name])
+    weights = {n: place(w, layouts(w.dim())[0]) if "q" in n else w for n, w in full.items()}
+    theta = bound.pi(weights)
+    for name in bound.names:
+        assert_same(theta[name], expected[name], weights[name])
 
 
 def case_mixed_placements() -> None:

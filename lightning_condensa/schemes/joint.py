@@ -1,0 +1,111 @@
+"""Structured pruning of groups that reach over several parameters of a layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_condensa.functional.grouping import Grouping
+from lightning_condensa.functional.placement import whole
+from lightning_condensa.functional.ranks import Ranks
+from lightning_condensa.functional.spans import Spans
+from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.finite import require_finite
+from lightning_condensa.schemes.selection import Skipped, Target
+from lightning_condensa.schemes.structured import GroupPrune
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter of a layer, cut into the spans of the layer's groups.
+
+    Attributes:
+        name: Its name in ``module.named_parameters()``.
+        spans: Which of its elements belong to which group.
+    """
+
+    name: str
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class JointTarget(Target):
+    """A layer whose groups reach over several parameters; it goes by the name of the first.
+
+    Attributes:
+        weights: Parameters that are scored; groups are removed from all of them.
+        biases: Parameters that are not scored.
+    """
+
+    weights: tuple[Member, ...] = ()
+    biases: tuple[Member, ...] = ()
+
+
+@dataclass(frozen=True)
+class JointPrune(GroupPrune):
+    """Remove groups from all the parameters of a layer that they reach over.
+
+    A group is scored over all its elements. For that the weights of one layer after the other are
+    made whole where they are DTensors.
+    """
+
+    def members(self, target: Target) -> tuple[Member, ...]:
+        """The parameters that groups are removed from."""
+        assert isinstance(target, JointTarget)
+        return target.weights + (target.biases if self.prune_bias else ())
+
+    def grouping(self, target: Target) -> Grouping:
+        """The groups of the parameter that gives the target its name."""
+        return self.members(target)[0].spans
+
+    def names(self, targets: Sequence[Target]) -> list[str]:
+        """All the parameters that groups are removed from."""
+        return [member.name for target in targets for member in self.members(target)]
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Check too that no parameter is part of two layers, or twice of one."""
+        uses = Counter(self.names(targets))
+        if twice := [name for name, count in uses.items() if count > 1]:
+            raise ValueError(
+                f"{type(self).__name__} would judge {', '.join(twice)} twice, as it is shared "
+                "between projections: leave it out with exclude="
+            )
+        super().check(targets)
+
+    def scores(self, theta: Mapping[str, Encoded], target: Target) -> Tensor:
+        """The criterion over each group's magnitudes in all weights of the layer."""
+        assert isinstance(target, JointTarget)
+        codes = {m.name: theta[m.name].codes for m in target.weights}
+        require_finite(codes)
+        rows = torch.cat([m.spans.split(whole(codes[m.name]))[0] for m in target.weights], dim=1)
+        sizes = torch.full((len(rows), 1), float(rows.shape[1]), device=rows.device)
+        return self.judged(target, rows, sizes, Ranks())
+
+    def follow(
+        self, theta: Mapping[str, Encoded], target: Target, keep: Tensor
+    ) -> dict[str, Encoded]:
+        """The layer's other parameters."""
+        others = self.members(target)[1:]
+        return {
+            m.name: theta[m.name].masked(m.spans.expand(keep, theta[m.name].codes.shape))
+            for m in others
+        }
+
+
+def left_alone(
+    module: nn.Module, names: Iterable[str], reasons: Mapping[str, str]
+) -> list[Skipped]:
+    """The parameters of a module but for some names, each with its reason.
+
+    Args:
+        module: The module.
+        names: Those that are pruned.
+        reasons: By parameter name; for others it is that they are in no group.
+    """
+    pruned = set(names)
+    rest = [name for name, _ in module.named_parameters() if name not in pruned]
+    return [Skipped(name, reasons.get(name, "in no group of the scheme")) for name in rest]
