@@ -97,8 +97,14 @@ def check_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         )
 
 
-def check_plan(plan: Plan, averaged: bool) -> None:
-    """Raise ``ValueError`` if the plan does not go along with averaged weights."""
+def check_plan(plan: Plan, scheme: Scheme, averaged: bool) -> None:
+    """Raise ``ValueError`` if the plan goes along with neither the scheme nor averaged weights."""
+    by_effect = any(getattr(stage, "criterion", None) == "taylor" for stage in scheme.stages)
+    if by_effect and not plan.proximal:
+        raise ValueError(
+            "criterion='taylor' judges by loss gradients, at which preset='paper' does not look: "
+            "use preset='default', or another criterion"
+        )
     if averaged and not plan.proximal:
         raise ValueError(
             "preset='paper' makes θ from its multipliers, not from weights that could be averaged: "

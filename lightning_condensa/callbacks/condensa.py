@@ -174,7 +174,7 @@ class CondensaCallback(Callback):
             projects=self._bound.projects,
             steps_per_epoch=steps_per_epoch(trainer),
         )
-        check_plan(plan, averaged=is_averaged(trainer))
+        check_plan(plan, self.scheme, averaged=is_averaged(trainer))
         self._run = LCRun(self._bound, plan, self._parameters)
         if restored is None:
             self._best = None

@@ -5,6 +5,10 @@ elements of each group, ``(groups, 1)`` (blocks at a ragged edge hold fewer), an
 ``(groups,)``. ``l1`` and ``l2`` are averaged over the group, so that under one global threshold a
 filter of 9 weights competes fairly with a filter of 4,608; inside one layer, where all groups have
 the same size, keeping the largest ``l2`` is the nearest projection in the Frobenius norm.
+
+``taylor`` stands for what the loss would feel if the group were zero, ``|Σ w·∂L/∂w|``, which L-C
+measures while it trains (:class:`lightning_condensa.lc.effects.Effects`); where there are no
+gradients, it is ``l2``.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ CRITERIA: dict[str, Criterion] = {
     "mean": l1,
     "min": minimum,
     "sum": total,
+    "taylor": l2,
 }
 
 

@@ -39,7 +39,9 @@ class Augmented(Engine):
         """‖penalty gradient‖ / ‖loss gradient‖ when last observed; ``None`` before."""
         return self._gradient_ratio
 
-    def observe(self, parameters: Parameters, only: Collection[int] | None) -> None:
+    def observe(
+        self, bound: BoundScheme, parameters: Parameters, only: Collection[int] | None
+    ) -> None:
         """Compare the penalty's gradient with the loss's."""
         self._gradient_ratio = self.lagrangian.gradient_ratio(parameters)
 

@@ -38,7 +38,9 @@ class Engine(ABC):
         return dict(weights)
 
     @abstractmethod
-    def observe(self, parameters: Parameters, only: Collection[int] | None) -> None:
+    def observe(
+        self, bound: BoundScheme, parameters: Parameters, only: Collection[int] | None
+    ) -> None:
         """Look at the loss gradient, in the last optimizer steps before a C-step."""
 
     @property

@@ -34,6 +34,7 @@ from lightning_condensa.functional.masks import numbers
 from lightning_condensa.functional.norms import norm
 from lightning_condensa.functional.placement import like, local, parts
 from lightning_condensa.functional.ranks import Ranks
+from lightning_condensa.lc.effects import Effects
 from lightning_condensa.lc.engine import Engine, Parameters
 from lightning_condensa.lc.importance import Importance
 from lightning_condensa.schemes import BoundScheme, Encoded
@@ -46,7 +47,8 @@ class Proximal(Engine):
     """L-C with a proximal penalty.
 
     Buffers, each of the parameter's size and type: factors for a pruned parameter, the offset for
-    one whose values are projected, and in the last steps before a C-step the squared gradients.
+    one whose values are projected, and in the last steps before a C-step the squared gradients
+    (for ``criterion="taylor"`` one number per group).
 
     Args:
         prune_rate: Share of a pruned weight that a step removes.
@@ -56,6 +58,7 @@ class Proximal(Engine):
     def __init__(self, prune_rate: float, importance: float) -> None:
         self._prune_rate = prune_rate
         self._importance = Importance(importance)
+        self._effects = Effects()
         self._fixed = False
         self._stray: bool | None = None  # whether the optimizers move what is pruned, once known
         self._factors: dict[str, Tensor] = {}
@@ -90,10 +93,15 @@ class Proximal(Engine):
         offsets = {n: like(o, weights[n]) for n, o in self._offsets.items()}
         return {**weights, **{n: weights[n].detach() - o for n, o in offsets.items()}}
 
-    def observe(self, parameters: Parameters, only: Collection[int] | None) -> None:
+    def observe(
+        self, bound: BoundScheme, parameters: Parameters, only: Collection[int] | None
+    ) -> None:
         """Sum squared gradients for the metric of the next C-step, while there is a choice."""
-        if self._importance.exponent > 0 and not self._fixed:
+        if self._fixed:
+            return
+        if self._importance.exponent > 0:
             self._importance.observe(parameters, only)
+        self._effects.observe(bound, parameters, only)
 
     @torch.no_grad()
     def c_step(
@@ -110,7 +118,8 @@ class Proximal(Engine):
         if self._fixed:
             theta = self.project(latent, bound)
         else:
-            theta = bound.pi(latent, self._importance.weigh(parameters))
+            metric = self._importance.weigh(parameters)
+            theta = bound.pi(latent, metric, self._effects.take())
             support = {n: local(e.mask) for n, e in theta.items() if e.mask is not None}
             self._keep(support, parameters)
         self._next_offsets = {
@@ -157,6 +166,7 @@ class Proximal(Engine):
             "support": {n: like(f == 1, p[n]) for n, f in self._factors.items()},
             "offsets": {n: like(o, p[n]) for n, o in self._offsets.items()},
             "importance": self._importance.state_dict(p),
+            "effects": self._effects.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Parameters) -> None:
@@ -166,6 +176,7 @@ class Proximal(Engine):
         self._keep(parts(state["support"], parameters), parameters)
         self._offsets = parts(state["offsets"], parameters)
         self._importance.load_state_dict(state["importance"], parameters)
+        self._effects.load_state_dict(state["effects"], parameters)
 
     def _keep(self, support: Mapping[str, Tensor], parameters: Parameters) -> None:
         """Set the factors of a proximal step: 1 on the support, 1 − rate elsewhere."""

@@ -119,7 +119,7 @@ class LCRun:
         if only_its_own:
             only = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if self._due_at is not None and self._due_at - self.step <= self.plan.window:
-            self._engine.observe(self.parameters, only)
+            self._engine.observe(self.bound, self.parameters, only)
         self._engine.before_step(self.parameters, only)
 
     def after_step(self, optimizers: Sequence[Optimizer]) -> CStep | None:

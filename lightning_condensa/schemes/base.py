@@ -114,6 +114,33 @@ class Scheme:
         """The scheme part of the way from dense (0) to compressed (1), for ramps."""
         return self
 
+    def effects(
+        self,
+        targets: Sequence[Target],
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """What to first order the loss would feel if a group were zero, by target.
+
+        Args:
+            targets: The tensors of this scheme.
+            weights: By parameter name.
+            gradients: Of the loss; names may be missing.
+
+        Returns:
+            A number for each group; nothing for schemes that do not judge by it.
+        """
+        return {}
+
+    def judged(
+        self,
+        theta: Mapping[str, Encoded],
+        targets: Sequence[Target],
+        effects: Mapping[str, Tensor],
+    ) -> dict[str, Encoded]:
+        """What a pruning scheme compares in the place of weights, given effects of its groups."""
+        return {}
+
     def names(self, targets: Sequence[Target]) -> list[str]:
         """The parameters that the scheme changes."""
         return [t.name for t in targets]

@@ -58,7 +58,10 @@ class BoundScheme:
         return any(stage.order != PRUNE for stage, _ in self.stages)
 
     def pi(
-        self, weights: Mapping[str, Tensor], metric: Mapping[str, Tensor] | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        metric: Mapping[str, Tensor] | None = None,
+        effects: Sequence[Mapping[str, Tensor]] = (),
     ) -> dict[str, Encoded]:
         """Π: compress.
 
@@ -70,6 +73,8 @@ class BoundScheme:
             weights: The tensors called :attr:`names`; others are ignored.
             metric: What a change of an element counts, tensors of the weights' shapes: stages that
                 prune judge ``weight · metric`` instead of the weight. Names may be missing.
+            effects: For each stage what the loss would feel of the removal of its groups, by
+                target, for stages that judge by it (:meth:`Scheme.effects`); empty if not known.
 
         Returns:
             θ, an encoding for each name.
@@ -78,9 +83,10 @@ class BoundScheme:
             NotFiniteError: If a weight is not finite.
         """
         theta = {name: Encoded.dense(weights[name].detach()) for name in self.names}
-        for stage, targets in self.stages:
-            if metric and stage.order == PRUNE:
-                theta.update(_chosen(stage, targets, theta, metric))
+        for index, (stage, targets) in enumerate(self.stages):
+            own = effects[index] if effects else {}
+            if (metric or own) and stage.order == PRUNE:
+                theta.update(_chosen(stage, targets, theta, metric or {}, own))
             else:
                 theta.update(stage.compress(theta, targets))
         return theta
@@ -125,12 +131,14 @@ def _chosen(
     targets: Sequence[Target],
     theta: Mapping[str, Encoded],
     metric: Mapping[str, Tensor],
+    effects: Mapping[str, Tensor],
 ) -> dict[str, Encoded]:
-    """What a pruning stage keeps when it judges by a metric, with the values as they are."""
+    """What a pruning stage keeps when it judges by gradients, with the values as they are."""
     judged = dict(theta)
     for name in stage.names(targets):
         if name in metric:
             codes = elementwise(torch.mul, theta[name].codes, metric[name])
             judged[name] = theta[name].replace(codes=codes)
+    judged.update(stage.judged(theta, targets, effects))
     chosen = stage.compress(judged, targets)
     return {n: theta[n].masked(e.mask) for n, e in chosen.items() if e.mask is not None}

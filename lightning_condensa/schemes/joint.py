@@ -83,7 +83,19 @@ class JointPrune(GroupPrune):
         require_finite(codes)
         rows = torch.cat([m.spans.split(whole(codes[m.name]))[0] for m in target.weights], dim=1)
         sizes = torch.full((len(rows), 1), float(rows.shape[1]), device=rows.device)
-        return self.judged(target, rows, sizes, Ranks())
+        return self.rate(target, rows, sizes, Ranks())
+
+    def sums(self, target: Target, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The sum over a group's elements in all parameters of the layer."""
+        parts = [m.spans.split(tensors[m.name])[0].sum(1) for m in self.members(target)]
+        return torch.stack(parts).sum(0)
+
+    def spread(
+        self, target: Target, values: Tensor, theta: Mapping[str, Encoded]
+    ) -> dict[str, Tensor]:
+        """One value for each group, in all of the layer's weights."""
+        assert isinstance(target, JointTarget)
+        return {m.name: m.spans.expand(values, theta[m.name].codes.shape) for m in target.weights}
 
     def follow(
         self, theta: Mapping[str, Encoded], target: Target, keep: Tensor

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_condensa.functional.criteria import Criterion, get_criterion
 from lightning_condensa.functional.grouping import Blocks, Grouping, Slices, n_m_mask
@@ -22,6 +23,9 @@ from lightning_condensa.schemes.finite import require_finite
 from lightning_condensa.schemes.prune import DensityPrune, Pool
 from lightning_condensa.schemes.selection import CONV_TYPES, LINEAR_TYPES, Target
 
+#: The least effect of a group that is not zero, whose square is a float32 too: it outranks zeros.
+_FLOOR = 1e-15
+
 
 @dataclass(frozen=True)
 class GroupPrune(DensityPrune):
@@ -33,7 +37,8 @@ class GroupPrune(DensityPrune):
 
     Attributes:
         criterion: Score of a group: ``"l1"``, ``"l2"``, ``"max"``, ``"mean"``, ``"min"``,
-            ``"sum"`` or a callable (see :mod:`lightning_condensa.functional.criteria`).
+            ``"sum"``, ``"taylor"`` or a callable (see
+            :mod:`lightning_condensa.functional.criteria`).
         align: Keep a multiple of this many groups in each tensor (the nearest one, at least
             one multiple, at most all groups).
         prune_bias: Also zero the bias of a removed row or filter.
@@ -61,10 +66,10 @@ class GroupPrune(DensityPrune):
             return weight.new_empty(grid)
         weight = uncut(weight, grouping.unit(weight.shape), target.name)
         part = local(weight)
-        score = self.judged(target, *grouping.split(part), Ranks.holding([weight]))
+        score = self.rate(target, *grouping.split(part), Ranks.holding([weight]))
         return like(score.view(grouping.grid(part.shape)), weight, grid)
 
-    def judged(self, target: Target, rows: Tensor, sizes: Tensor, ranks: Ranks) -> Tensor:
+    def rate(self, target: Target, rows: Tensor, sizes: Tensor, ranks: Ranks) -> Tensor:
         """The criterion of groups that are rows, checked on all processes.
 
         Args:
@@ -89,6 +94,71 @@ class GroupPrune(DensityPrune):
         part = self.grouping(target).expand(local(keep), part_shape(keep, shape))
         return like(part, keep, shape)
 
+    # -- by what the loss feels ------------------------------------------------------------------
+
+    def sums(self, target: Target, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The sum over all elements that go with a group, in the grid of groups."""
+        grouping, weight = self.grouping(target), tensors[target.name]
+        return grouping.split(weight)[0].sum(1).view(grouping.grid(weight.shape))
+
+    def spread(
+        self, target: Target, values: Tensor, theta: Mapping[str, Encoded]
+    ) -> dict[str, Tensor]:
+        """Tensors of the scored weights' shapes that hold one value for each group."""
+        return {target.name: self.expand(target, values, theta[target.name].codes.shape)}
+
+    def effects(
+        self,
+        targets: Sequence[Target],
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """``Σ w·∂L/∂w`` over each group, with ``criterion="taylor"``.
+
+        Raises:
+            ValueError: If a weight is spread over processes (DTensor).
+        """
+        if self.criterion != "taylor":
+            return {}
+        found = {}
+        for target in targets:
+            names = self.names([target])
+            if any(isinstance(weights[name], DTensor) for name in names):
+                raise ValueError(
+                    f"criterion='taylor' needs whole gradients, {target.name} is sharded: "
+                    "choose 'l2', which the default L-C takes in a metric of gradients too"
+                )
+            if gradients.keys() >= set(names):
+                found[target.name] = self.sums(
+                    target, {n: weights[n].detach() * gradients[n] for n in names}
+                )
+        return found
+
+    def judged(
+        self,
+        theta: Mapping[str, Encoded],
+        targets: Sequence[Target],
+        effects: Mapping[str, Tensor],
+    ) -> dict[str, Encoded]:
+        """Each group's effect in the place of its weights; zero for groups that are zero.
+
+        A target that the loss does not reach (a frozen one) counts like the average group.
+
+        Raises:
+            NotFiniteError: If a weight is not finite, whatever its effect was before.
+        """
+        if not effects:
+            return {}
+        require_finite({name: theta[name].codes for name in self.names(targets)})
+        average = torch.cat([e.flatten() for e in effects.values()]).mean()
+        judged = {}
+        for target in targets:
+            there = self.scores(theta, target) > 0
+            effect = effects.get(target.name, average).clamp(min=_FLOOR).expand(there.shape)
+            for name, values in self.spread(target, effect * there, theta).items():
+                judged[name] = theta[name].replace(codes=values)
+        return judged
+
     def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
         keep = super()._keep(pool, scores)
         if self.align == 1:
@@ -111,6 +181,13 @@ class _SlicePrune(GroupPrune):
     def names(self, targets: Sequence[Target]) -> list[str]:
         biases = [t.bias for t in targets if self.prune_bias and t.bias is not None]
         return [*super().names(targets), *biases]
+
+    def sums(self, target: Target, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The sum over a unit's weights and its bias."""
+        sums = super().sums(target, tensors)
+        if not self.prune_bias or target.bias is None:
+            return sums
+        return sums + tensors[target.bias].view(sums.shape)
 
     def follow(
         self, theta: Mapping[str, Encoded], target: Target, keep: Tensor
