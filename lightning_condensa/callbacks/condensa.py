@@ -270,6 +270,8 @@ class CondensaCallback(Callback):
         deployment.finish(trainer, pl_module, theta, stale)
         self._compressed = CompressedModel(pl_module, theta, self.scheme)
         self._report = self._compressed.report(gaps)
+        for text in self._report.warnings:
+            rank_zero_warn(text)
         self._run = self._rates = None
         log_summary(trainer, self._compressed, self.scheme, metrics)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_condensa.callbacks.checks import as_scheme
 from lightning_condensa.deploy import CompressedModel, Report, load_theta
@@ -60,3 +61,5 @@ class DirectCompression(Callback):
         theta = self.scheme.bind(pl_module).pi(dict(pl_module.named_parameters()))
         load_theta(pl_module, theta)
         self._compressed = CompressedModel(pl_module, theta, self.scheme)
+        for text in self._compressed.report().warnings:
+            rank_zero_warn(text)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_condensa.deploy.densities import kept_by_pool
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_packed
 from lightning_condensa.deploy.report import Report
@@ -122,9 +123,13 @@ class CompressedModel:
         return len(pack(self.packed()))
 
     def report(self, gaps: Mapping[str, float] | None = None) -> Report:
-        """Per-layer density, bits, bytes and gap, and why other parameters were left alone."""
+        """Per-layer density, bits, bytes and gap, and why other parameters were left alone.
+
+        Beside it what was asked of pruned parameters, and warnings where a layer is nearly removed.
+        """
         named = [s for s in self.scheme.skipped(self.module) if s.name not in self.theta]
-        return Report.of(self.theta, named, gaps or {})
+        pools = kept_by_pool(self.scheme.bind(self.module), self.theta)
+        return Report.of(self.theta, named, gaps or {}, pools)
 
     def __repr__(self) -> str:
         return f"CompressedModel({type(self.module).__name__}, {self.scheme.describe()})"

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lightning_condensa.deploy.densities import PoolRow
 from lightning_condensa.schemes import Encoded, Skipped
 
 
@@ -26,6 +27,7 @@ class LayerRow:
         bits: Bits of one stored value.
         value_bytes: Bytes of the surviving values and their scales (the paper's count).
         gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖ at the end of the L-C phase; NaN where there was none.
+        note: What is the matter with it, if something is.
     """
 
     name: str
@@ -35,6 +37,7 @@ class LayerRow:
     bits: int
     value_bytes: float
     gap: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,12 @@ class Report:
     Attributes:
         rows: The compressed parameters.
         skipped: The other parameters, with the reason.
+        pools: What was asked of pruned parameters, and what is left.
     """
 
     rows: tuple[LayerRow, ...]
     skipped: tuple[Skipped, ...]
+    pools: tuple[PoolRow, ...] = ()
 
     @classmethod
     def of(
@@ -55,8 +60,10 @@ class Report:
         theta: Mapping[str, Encoded],
         skipped: Iterator[Skipped] | list[Skipped],
         gaps: Mapping[str, float],
+        pools: tuple[PoolRow, ...] = (),
     ) -> Report:
         """Count from the tensors that ship."""
+        collapsed = {c.name: f"{c.kept} of {c.total} left" for p in pools for c in p.collapsed}
         rows = tuple(
             LayerRow(
                 name=name,
@@ -66,26 +73,43 @@ class Report:
                 bits=e.value_bits,
                 value_bytes=e.storage_bits / 8,
                 gap=gaps.get(name, math.nan),
+                note=collapsed.get(name, ""),
             )
             for name, e in theta.items()
         )
-        return cls(rows, tuple(skipped))
+        return cls(rows, tuple(skipped), pools)
 
     @property
     def density(self) -> float:
         """Share of non-zeros over all compressed parameters."""
         return sum(r.nnz for r in self.rows) / max(sum(math.prod(r.shape) for r in self.rows), 1)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Layers that are nearly removed, and densities that are far from what was asked."""
+        return tuple(text for pool in self.pools for text in pool.warnings)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
             "rows": [asdict(r) for r in self.rows],
             "skipped": [asdict(s) for s in self.skipped],
+            "pools": [asdict(p) for p in self.pools],
+            "warnings": list(self.warnings),
         }
 
     def table(self) -> Table:
         """The report as a Rich table."""
-        table = Table(title="Compressed parameters", title_justify="left")
+        asked = [
+            f"{p.scheme}: {p.asked:.2%} asked, {p.kept:,} of {p.total:,} kept ({p.density:.2%})"
+            for p in self.pools
+        ]
+        table = Table(
+            title="Compressed parameters",
+            title_justify="left",
+            caption="\n".join([*asked, *self.warnings]) or None,
+            caption_justify="left",
+        )
         table.add_column("parameter")
         for column in ("shape", "non-zero", "density", "bits", "bytes", "gap"):
             table.add_column(column, justify="right")
@@ -99,6 +123,7 @@ class Report:
                 str(row.bits),
                 f"{row.value_bytes:,.0f}",
                 "" if math.isnan(row.gap) else f"{row.gap:.3f}",
+                row.note,
             )
         for skip in self.skipped:
             table.add_row(skip.name, *[""] * 6, skip.reason, style="dim")

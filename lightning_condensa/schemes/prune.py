@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_condensa.functional.ranks import count_nonzero
 from lightning_condensa.functional.topk import topk_masks
 from lightning_condensa.schemes.base import Scheme
 from lightning_condensa.schemes.bound import PRUNE
@@ -103,6 +104,11 @@ class DensityPrune(Scheme, ABC):
     ) -> dict[str, Encoded]:
         """Encodings of parameters that go with a tensor's groups, such as biases."""
         return {}
+
+    def left(self, theta: Mapping[str, Encoded], target: Target) -> tuple[int, int]:
+        """How many of a target's elements or groups are not zero, and how many there are."""
+        scores = self.scores(theta, target)
+        return count_nonzero([scores])[0], scores.numel()
 
     def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
         k, floors = self._counts(pool, [s.numel() for s in scores])

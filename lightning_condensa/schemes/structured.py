@@ -13,7 +13,14 @@ from torch.distributed.tensor import DTensor
 
 from lightning_condensa.functional.criteria import Criterion, get_criterion
 from lightning_condensa.functional.grouping import Blocks, Grouping, Slices, n_m_mask
-from lightning_condensa.functional.placement import flat, like, local, part_shape, uncut
+from lightning_condensa.functional.placement import (
+    elementwise,
+    flat,
+    like,
+    local,
+    part_shape,
+    uncut,
+)
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
 from lightning_condensa.functional.topk import topk_masks
 from lightning_condensa.schemes.base import Scheme
@@ -25,6 +32,8 @@ from lightning_condensa.schemes.selection import CONV_TYPES, LINEAR_TYPES, Targe
 
 #: The least effect of a group that is not zero, whose square is a float32 too: it outranks zeros.
 _FLOOR = 1e-15
+#: How many times more groups than asked ``align`` may keep.
+_FAR = 1.5
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,15 @@ class GroupPrune(DensityPrune):
                 f"for {target.name}, got shape {tuple(score.shape)}"
             )
         return score
+
+    def left(self, theta: Mapping[str, Encoded], target: Target) -> tuple[int, int]:
+        """How many groups hold an element that is not zero, and how many there are."""
+        mine = {name: theta[name] for name in self.names([target])}
+        alive = {
+            name: encoded.replace(codes=elementwise(lambda c: (c != 0).float(), encoded.codes))
+            for name, encoded in mine.items()
+        }
+        return super(GroupPrune, replace(self, criterion="max")).left(alive, target)
 
     def expand(self, target: Target, keep: Tensor, shape: torch.Size) -> Tensor:
         """Repeat each group's verdict over its elements."""
@@ -158,6 +176,19 @@ class GroupPrune(DensityPrune):
             for name, values in self.spread(target, effect * there, theta).items():
                 judged[name] = theta[name].replace(codes=values)
         return judged
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Check too that ``align`` lets the density be reached, nearly at least."""
+        super().check(targets)
+        for pool in self.pools(targets):
+            sizes = [self._groups_of(t) for t in pool.targets]
+            asked, least = self._counts(pool, sizes)[0], sum(min(self.align, n) for n in sizes)
+            if least > _FAR * asked:
+                raise ValueError(
+                    f"align={self.align} keeps at least {least} of {sum(sizes)} groups of "
+                    f"{', '.join(t.name for t in pool.targets)}, density={pool.density!r} asks for "
+                    f"{asked}: take a smaller align, or leave small layers out with exclude="
+                )
 
     def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
         keep = super()._keep(pool, scores)
