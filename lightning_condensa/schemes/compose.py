@@ -65,14 +65,28 @@ class Compose(Scheme):
         Raises:
             ValueError: As for a single scheme, and if two stages quantize the same weight.
         """
-        bound = super().bind(module)
+        try:
+            bound = super().bind(module)
+        except ValueError as error:
+            raise self._with_stage(error, module) from error
         uses = Counter(t.name for s, ts in bound.stages if s.order == QUANTIZE for t in ts)
         if twice := [name for name, count in uses.items() if count > 1]:
+            by = [s.describe() for s, ts in bound.stages if twice[0] in {t.name for t in ts}]
             raise ValueError(
-                f"{', '.join(twice)} would be quantized twice: "
+                f"{', '.join(twice)} would be quantized twice, in {' → '.join(by)}: "
                 "select different weights with include= or exclude="
             )
         return bound
+
+    def _with_stage(self, error: ValueError, module: nn.Module) -> ValueError:
+        """The error with the stage that raises it; as it is where that is none alone."""
+        for stage in self.stages:
+            try:
+                if not self.space():
+                    stage.bind(module)
+            except ValueError as own:
+                return type(own)(f"{stage.describe()}: {own}")
+        return error
 
     def skipped(self, module: nn.Module) -> list[Skipped]:
         """The parameters that no stage compresses, with the reasons of each."""

@@ -65,7 +65,9 @@ def test_the_report_says_what_was_asked_and_what_is_left(
 
 
 def test_each_pool_of_each_stage_is_listed() -> None:
-    scheme = Compose([NeuronPrune(0.5, overrides={"^0": 0.75}), Prune(0.2, scope="layer")])
+    scheme = Compose(
+        [NeuronPrune(0.5, overrides={"^0": 0.75}, criterion="min"), Prune(0.2, scope="layer")]
+    )
     pools = CompressedModel.compress(network(), scheme).report().pools
     assert [(p.scheme, p.asked, p.kept, p.total) for p in pools] == [
         ("NeuronPrune", 0.75, 15, 20),

@@ -44,6 +44,26 @@ def test_the_main_job_in_small(tmp_path: Path) -> None:
     assert len(list((folder / "trials").iterdir())) == 2
 
 
+def test_every_layer_in_its_own_way(tmp_path: Path) -> None:
+    out = run("mixed_scheme/compress.py", "--epochs", "3", cwd=tmp_path)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    table = [cells for cells in lines if len(cells) == 8 and cells[4]]
+    bits = {name: int(bits) for name, _, _, _, bits, *_ in table}
+    weights = {f"layers.{i}.weight": b for i, b in {0: 8, 2: 4, 6: 4, 8: 8}.items()}
+    assert bits.items() >= weights.items()
+    kept = {name: int(nnz.replace(",", "")) for name, _, nnz, *_ in table}
+    # Whole filters and blocks of 16, of which some values are rounded to zero.
+    assert kept["layers.0.bias"] + kept["layers.2.bias"] == 48
+    assert 0.8 * 819 * 16 < kept["layers.6.weight"] <= 819 * 16
+    assert "48 of 96 kept" in out and "819 of 8,192 kept" in out
+    size = int(out.split("dense, ")[-1].split()[0].replace(",", ""))
+    assert size == (tmp_path / "mixed.condensa").stat().st_size < 20_000
+    # The output that is shown is of this scheme.
+    shown = (ROOT / "examples" / "mixed_scheme" / "output.txt").read_text()
+    for line in ("FilterPrune: 50.00% asked", "BlockPrune: 10.00% asked", "layers.8.weight"):
+        assert line in shown and line in out
+
+
 @pytest.mark.slow
 def test_the_callback_in_a_script(tmp_path: Path) -> None:
     out = run("digits/callback.py", cwd=tmp_path)
