@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from lightning_condensa.deploy.densities import kept_by_pool
 from lightning_condensa.functional import threshold
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
 from lightning_condensa.functional.topk import kth_largest, topk_masks
@@ -290,6 +291,7 @@ def check_scheme(scheme: Scheme) -> None:
         theta = bound.pi(weights)
         for name in bound.names:
             assert_same(theta[name], expected[name], weights[name])
+        assert kept_by_pool(bound, theta) == kept_by_pool(bound, expected)
 
 
 def case_attention_heads() -> None:
@@ -299,17 +301,27 @@ def case_attention_heads() -> None:
         module["shared"].add_module(f"{name}_proj", nn.Linear(inputs, rows))
     torch.manual_seed(0)
     full = {n: torch.randn(p.shape) for n, p in module.named_parameters()}
-    bound = HeadPrune(0.4, min_per_layer=1).bind(module)
+    bound = HeadPrune(0.4).bind(module)
     expected = bound.pi(full)
     for layout in (0, 1, 2, 3, 4, 5, 7):
         weights = {n: place(w, layouts(w.dim())[layout]) for n, w in full.items()}
         theta = bound.pi(weights)
         for name in bound.names:
             assert_same(theta[name], expected[name], weights[name])
+        assert kept_by_pool(bound, theta) == kept_by_pool(bound, expected)
     weights = {n: place(w, layouts(w.dim())[0]) if "q" in n else w for n, w in full.items()}
     theta = bound.pi(weights)
     for name in bound.names:
         assert_same(theta[name], expected[name], weights[name])
+
+
+def case_effects_of_sharded_groups_are_refused() -> None:
+    layer = nn.Linear(6, 8)
+    bound = NeuronPrune(0.5, criterion="taylor").bind(layer)
+    weights = {n: place(p, layouts(p.dim())[0]) for n, p in layer.named_parameters()}
+    stage, targets = bound.stages[0]
+    assert bound.pi(weights)["weight"].nnz == 4 * 6  # without gradients like l2
+    raises(ValueError, "weight is sharded", lambda: stage.effects(targets, weights, weights))
 
 
 def case_mixed_placements() -> None:
