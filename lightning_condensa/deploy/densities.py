@@ -10,8 +10,8 @@ from lightning_condensa.schemes.prune import DensityPrune
 
 #: A layer that keeps less than this share of what was asked of all is nearly removed.
 _COLLAPSED = 0.1
-#: A pool that keeps less than this share of what was asked of it is reported.
-_SPARSER = 0.5
+#: A pool that keeps less, or more, than this many times what was asked of it is reported.
+_SPARSER, _DENSER = 0.5, 1.5
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,12 @@ class PoolRow:
                 f"{self.scheme} was asked for a density of {self.asked:.2%}, and {self.kept} of "
                 f"{self.total} are left, {self.density:.2%}: the others were zero already, or "
                 "became zero in a later stage"
+            )
+        elif self.density > _DENSER * self.asked:
+            texts.append(
+                f"{self.scheme} was asked for a density of {self.asked:.2%}, and {self.kept} of "
+                f"{self.total} are left, {self.density:.2%}: take a smaller align, or leave small "
+                "layers out with exclude="
             )
         elif self.collapsed:
             listed = ", ".join(f"{c.name} ({c.kept} of {c.total})" for c in self.collapsed)

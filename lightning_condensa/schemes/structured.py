@@ -32,8 +32,6 @@ from lightning_condensa.schemes.selection import CONV_TYPES, LINEAR_TYPES, Targe
 
 #: The least effect of a group that is not zero, whose square is a float32 too: it outranks zeros.
 _FLOOR = 1e-15
-#: How many times more groups than asked ``align`` may keep.
-_FAR = 1.5
 
 
 @dataclass(frozen=True)
@@ -178,16 +176,16 @@ class GroupPrune(DensityPrune):
         return judged
 
     def check(self, targets: Sequence[Target]) -> None:
-        """Check too that ``align`` lets the density be reached, nearly at least."""
+        """Check too that ``align`` leaves something to prune."""
         super().check(targets)
         for pool in self.pools(targets):
             sizes = [self._groups_of(t) for t in pool.targets]
-            asked, least = self._counts(pool, sizes)[0], sum(min(self.align, n) for n in sizes)
-            if least > _FAR * asked:
+            asked = self._counts(pool, sizes)[0]
+            if asked < sum(sizes) and all(n <= self.align for n in sizes):
                 raise ValueError(
-                    f"align={self.align} keeps at least {least} of {sum(sizes)} groups of "
+                    f"align={self.align} keeps all {sum(sizes)} groups of "
                     f"{', '.join(t.name for t in pool.targets)}, density={pool.density!r} asks for "
-                    f"{asked}: take a smaller align, or leave small layers out with exclude="
+                    f"{asked}: take a smaller align"
                 )
 
     def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:

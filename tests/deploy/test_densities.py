@@ -110,15 +110,21 @@ def test_zeros_that_were_there_already_are_told() -> None:
 @pytest.mark.parametrize(
     ("scheme", "words"),
     [
-        (NeuronPrune(0.1, align=8), "align=8 keeps at least 24 of 60 groups .* asks for 6"),
-        (NeuronPrune(0.5, align=20), "keeps at least 60 of 60"),
-        (NeuronPrune(0.1, align=8, scope="layer"), "keeps at least 8 of 20 groups of 0.weight"),
+        (NeuronPrune(0.5, align=20), "align=20 keeps all 60 groups of 0.weight, .* asks for 30"),
+        (NeuronPrune(0.1, align=32, scope="layer"), "keeps all 20 groups of 0.weight, .* for 2"),
     ],
 )
-def test_what_align_makes_unreachable_is_refused(scheme: Scheme, words: str) -> None:
+def test_an_align_that_keeps_everything_is_refused(scheme: Scheme, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         scheme.bind(network())
-    NeuronPrune(0.4, align=8).bind(network())  # as many as asked
+    NeuronPrune(1.0, align=20).bind(network())  # as asked
+
+
+def test_more_than_was_asked_is_told() -> None:
+    report = CompressedModel.compress(network(), NeuronPrune(0.1, align=8)).report()
+    (text,) = report.warnings
+    assert "asked for a density of 10.00%, and 24 of 60 are left, 40.00%" in text
+    assert CompressedModel.compress(network(), NeuronPrune(0.4, align=8)).report().warnings == ()
 
 
 class Learner(pl.LightningModule):
