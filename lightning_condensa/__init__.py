@@ -18,12 +18,14 @@ from lightning_condensa.objectives import (
     Throughput,
 )
 from lightning_condensa.schemes import (
+    Add,
     BlockPrune,
     Choice,
     Codebook,
     Compose,
     FilterPrune,
     HeadPrune,
+    LowRank,
     NeuronPrune,
     NMPrune,
     Prune,
@@ -35,6 +37,7 @@ from lightning_condensa.search import CondensaSearch
 from lightning_condensa.version import __version__
 
 __all__ = [
+    "Add",
     "BlockPrune",
     "Choice",
     "Codebook",
@@ -49,6 +52,7 @@ __all__ = [
     "FilterPrune",
     "HeadPrune",
     "Latency",
+    "LowRank",
     "MaskedFineTune",
     "MemoryFootprint",
     "NMPrune",

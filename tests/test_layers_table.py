@@ -14,6 +14,7 @@ from lightning_condensa import (
     Codebook,
     FilterPrune,
     HeadPrune,
+    LowRank,
     NeuronPrune,
     NMPrune,
     Prune,
@@ -52,6 +53,7 @@ ROWS: Mapping[str, list[Callable[..., Scheme]]] = {
     "`BlockPrune`": [lambda dims, **types: BlockPrune(0.5, (2,) * dims, **types)],
     "`HeadPrune`": [lambda dims, **types: HeadPrune(0.5, **types)],
     "`NMPrune`": [lambda dims, **types: NMPrune(1, 2, **types)],
+    "`LowRank`": [lambda dims, **types: LowRank(rank=2, **types)],
     "`Quantize`": [
         partial(lambda dtype, dims, **types: Quantize(dtype, **types), dtype)
         for dtype in ("float16", "int8", "int4", "ternary", "binary")

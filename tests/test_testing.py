@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_condensa import (
+    Add,
     BlockPrune,
     Codebook,
     Compose,
     FilterPrune,
     HeadPrune,
+    LowRank,
     NeuronPrune,
     NMPrune,
     Prune,
@@ -65,6 +67,16 @@ SCHEMES: dict[str, Scheme] = {
     "prune, int8": Compose([Prune(0.3), Quantize("int8")]),
     "filter, ternary": Compose([FilterPrune(0.5), Quantize("ternary")]),
     "head, int8": Compose([HeadPrune(0.5), Quantize("int8")]),
+    "low rank": LowRank(rank=2),
+    "low rank by energy": LowRank(energy=0.8),
+    "low rank by density": LowRank(density=0.5),
+    "low rank, int8": Compose([LowRank(rank=2), Quantize("int8")]),
+    "low rank, codebook": Compose([LowRank(rank=2), Codebook(16, scope="global")]),
+    "low rank + sparse": Add([LowRank(rank=2), Prune(0.05)]),
+    "low rank + sparse, int8": Compose([Add([LowRank(rank=2), Prune(0.05)]), Quantize("int8")]),
+    "codebook + sparse": Add([Codebook(2), Prune(0.05)]),
+    "signs + signs": Add([Quantize("binary"), Quantize("binary")]),
+    "int8 low rank + sparse": Add([Compose([LowRank(rank=2), Quantize("int8")]), Prune(0.05)]),
     "mixed by layer": Compose(
         [Prune(0.5, overrides={"0": 0.8}), Quantize("int4", types=("Linear", "Conv2d"))]
     ),

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_condensa.functional.placement import reshard
 from lightning_condensa.lc import LCRun
-from lightning_condensa.schemes import Encoded
+from lightning_condensa.schemes import Encoding
 
 #: Relative change of a weight up to which statistics stay. Rounding to int8 changes weights by
 #: about 0.01; estimates from a few batches would only be noisier.
@@ -64,7 +64,7 @@ class BatchNormStatistics:
         layers = _layers(self._module) if self._active else {}
         return [f"{name}.{key}" for name, m in layers.items() for key, _ in m.named_buffers()]
 
-    def stale(self, run: LCRun, theta: Mapping[str, Encoded]) -> bool:
+    def stale(self, run: LCRun, theta: Mapping[str, Encoding]) -> bool:
         """Whether the statistics of the weights that train do not fit θ."""
         return self._active and max(run.relative_gaps(theta).values()) > _NEGLIGIBLE
 

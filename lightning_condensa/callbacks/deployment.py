@@ -16,7 +16,7 @@ from lightning_condensa.callbacks.teacher import tensors_of
 from lightning_condensa.deploy import load_theta
 from lightning_condensa.functional.placement import reshard
 from lightning_condensa.lc import LCRun
-from lightning_condensa.schemes import Encoded
+from lightning_condensa.schemes import Encoding
 
 _CHECKPOINT_KEY = "condensa_training_weights"
 
@@ -52,7 +52,7 @@ class Deployment:
         self._devices = {name: p.device for name, p in parameters.items()}
         self._swap = WeightSwap(self.module, [*parameters, *self.statistics.names])
 
-    def theta(self, run: LCRun) -> dict[str, Encoded]:
+    def theta(self, run: LCRun) -> dict[str, Encoding]:
         """What would be deployed now."""
         weights = self._swap.training_weights  # an average may be kept on another device
         chosen = {name: weights[name].to(d) for name, d in self._devices.items()}
@@ -86,7 +86,7 @@ class Deployment:
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        theta: Mapping[str, Encoded],
+        theta: Mapping[str, Encoding],
         stale: bool,
     ) -> None:
         """Leave θ in the module.

@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.lc import CStep, Plan
-from lightning_condensa.schemes import Encoded, Scheme
+from lightning_condensa.schemes import Encoding, Scheme
 
 
 def log_c_step(trainer: pl.Trainer, c_step: CStep, plan: Plan) -> None:
@@ -55,7 +55,7 @@ def log_summary(
             logger.log_hyperparams(_hparams(scheme), final)
 
 
-def _density(theta: Mapping[str, Encoded]) -> float:
+def _density(theta: Mapping[str, Encoding]) -> float:
     """Share of non-zeros over all compressed tensors."""
     return sum(e.nnz for e in theta.values()) / max(sum(e.numel for e in theta.values()), 1)
 

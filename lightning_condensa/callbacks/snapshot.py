@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_condensa.callbacks.sharded import placed_like
 from lightning_condensa.callbacks.teacher import tensors_of
 from lightning_condensa.lc.states import encoded_from_state, encoded_state
-from lightning_condensa.schemes import Encoded
+from lightning_condensa.schemes import Encoding
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Snapshot:
 
     score: float
     step: int
-    theta: dict[str, Encoded]
+    theta: dict[str, Encoding]
     rest: dict[str, Tensor]
 
     @classmethod
     def take(
-        cls, score: float, step: int, theta: Mapping[str, Encoded], module: nn.Module
+        cls, score: float, step: int, theta: Mapping[str, Encoding], module: nn.Module
     ) -> Snapshot:
         """Copy θ and the rest of the module to the CPU; what is sharded stays so."""
         with torch.inference_mode(False), torch.no_grad():

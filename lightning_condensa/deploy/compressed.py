@@ -16,7 +16,7 @@ from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_pa
 from lightning_condensa.deploy.report import Report
 from lightning_condensa.functional.placement import whole
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
-from lightning_condensa.schemes import Encoded, Scheme
+from lightning_condensa.schemes import Encoding, Scheme
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,7 +38,7 @@ class CompressedModel:
         scheme: The scheme.
     """
 
-    def __init__(self, module: nn.Module, theta: Mapping[str, Encoded], scheme: Scheme) -> None:
+    def __init__(self, module: nn.Module, theta: Mapping[str, Encoding], scheme: Scheme) -> None:
         self.module = module
         self.theta = dict(theta)
         self.scheme = scheme
@@ -114,7 +114,7 @@ class CompressedModel:
             Its size in bytes.
         """
         packed = self.packed()
-        ranks = Ranks.holding([e.codes for e in self.theta.values()])
+        ranks = Ranks.holding([leaf.codes for e in self.theta.values() for leaf in e.leaves])
         # The sum waits for the file to be there.
         return ranks.totals([write_packed(path, packed) if ranks.leads else 0])[0]
 
@@ -182,7 +182,7 @@ def _state_dict(packed: Packed) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_theta(module: nn.Module, theta: Mapping[str, Encoded]) -> None:
+def load_theta(module: nn.Module, theta: Mapping[str, Encoding]) -> None:
     """Overwrite the compressed parameters of a module with Δ(θ)."""
     parameters = dict(module.named_parameters())
     for name, encoded in theta.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_condensa.schemes import BoundScheme, Encoded
+from lightning_condensa.schemes import BoundScheme, Encoding
 from lightning_condensa.schemes.prune import DensityPrune
 
 #: A layer that keeps less than this share of what was asked of all is nearly removed.
@@ -100,18 +100,19 @@ class PoolRow:
         return tuple(texts)
 
 
-def kept_by_pool(bound: BoundScheme, theta: Mapping[str, Encoded]) -> tuple[PoolRow, ...]:
+def kept_by_pool(bound: BoundScheme, theta: Mapping[str, Encoding]) -> tuple[PoolRow, ...]:
     """What each pruning stage of a scheme was asked for, and what is left.
 
     Args:
         bound: The scheme, resolved against the module.
         theta: Its θ; of DTensors a collective call.
     """
+    leaves = {name: leaf for name, e in theta.items() for leaf in e.leaves}  # one of what is pruned
     rows = []
     for stage, targets in bound.stages:
         if isinstance(stage, DensityPrune):
             for pool in stage.pools(targets):
-                layers = tuple(Kept(t.name, *stage.left(theta, t)) for t in pool.targets)
+                layers = tuple(Kept(t.name, *stage.left(leaves, t)) for t in pool.targets)
                 name = type(stage).__name__
                 rows.append(PoolRow(name, pool.density, layers, stage.min_per_layer))
     return tuple(rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.deploy.checked_json import require_text, texts
 from lightning_condensa.deploy.container import read_container, write_container
+from lightning_condensa.deploy.encoding_codec import pack_encoding, unpack_encoding
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed_info import PackedInfo, describe
 from lightning_condensa.deploy.spec import (
@@ -35,13 +36,11 @@ from lightning_condensa.deploy.streams import (
 )
 from lightning_condensa.deploy.tensor_codec import (
     StreamReader,
-    pack_encoded,
     pack_rest,
-    unpack_encoded,
     unpack_rest,
 )
 from lightning_condensa.deploy.words import Words
-from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes import Encoding
 
 DEFAULT_MAX_BYTES = 16 * 2**30
 """Memory that loading a file may take unless told otherwise."""
@@ -60,7 +59,7 @@ class Packed:
         metadata: The user's strings: the scheme's configuration and the like.
     """
 
-    encoded: Mapping[str, Encoded] = field(default_factory=dict)
+    encoded: Mapping[str, Encoding] = field(default_factory=dict)
     rest: Mapping[str, Tensor] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -69,7 +68,8 @@ class Packed:
 def pack(packed: Packed) -> bytes:
     """The packed file of a model. Equal content gives equal bytes.
 
-    Each tensor is stored sparse (positions and non-zero codes) or dense, whichever is smaller.
+    Each tensor, or factor or term of one, is stored sparse (positions and non-zero codes) or
+    dense, whichever is smaller.
     "Non-zero" is decided on the bit pattern.
 
     Args:
@@ -83,6 +83,7 @@ def pack(packed: Packed) -> bytes:
 
     Example:
         >>> import torch
+        >>> from lightning_condensa.schemes import Encoded
         >>> weight = torch.tensor([[0.0, -0.0, 2.5]])
         >>> again = unpack(pack(Packed({"weight": Encoded.dense(weight)}, metadata={"n": "1"})))
         >>> again.encoded["weight"].decode(), again.metadata
@@ -93,12 +94,12 @@ def pack(packed: Packed) -> bytes:
         check_names(names, dict(texts(dict(packed.aliases), "aliases")))
     except PackedFileError as error:
         raise ValueError(str(error)) from None
-    coded = [pack_encoded(name, item) for name, item in packed.encoded.items()]
+    coded = [pack_encoding(name, item) for name, item in packed.encoded.items()]
     plain = [pack_rest(name, tensor) for name, tensor in packed.rest.items()]
     encoded = tuple(entry for entry, _ in coded)
     rest = tuple(entry for entry, _ in plain)
     words: defaultdict[str, list[Words]] = defaultdict(list)
-    for _, parts in (*coded, *plain):
+    for parts in (*(p for _, leaves in coded for p in leaves), *(p for _, p in plain)):
         for name, part in parts.items():
             words[name].append(part)
     streams = []
@@ -138,7 +139,7 @@ def unpack(data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Packed:
         raise PackedFileError(f"unpacking takes {spec.memory} bytes, max_bytes is {max_bytes}")
     try:
         reader = StreamReader(_read_streams(spec, body))
-        encoded = {entry.name: unpack_encoded(entry, reader) for entry in spec.encoded}
+        encoded = {entry.name: unpack_encoding(entry, reader) for entry in spec.encoded}
         rest = {entry.name: unpack_rest(entry, reader) for entry in spec.rest}
     except MemoryError:
         raise PackedFileError(f"not enough memory: unpacking takes {spec.memory} bytes") from None

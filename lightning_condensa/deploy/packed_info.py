@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_condensa.deploy.spec import (
-    EncodedEntry,
     Entry,
+    RestEntry,
     Spec,
     StoredStream,
     stream_counts,
@@ -26,8 +26,9 @@ class TensorInfo:
     Attributes:
         name: Its key in a state dict.
         shape: Its shape.
-        storage: ``sparse`` or ``dense`` (compressed by a scheme), or ``rest``.
-        value_type: Type of what is stored, as safetensors names it.
+        storage: ``sparse`` or ``dense`` (compressed by a scheme), ``product`` or ``sum`` of such
+            tensors, or ``rest``.
+        value_type: Type of what is stored, as safetensors names it; types, where parts differ.
         bits: Bits of one stored value.
         nnz: Values whose bit pattern is not zero; ``None`` for the rest, where it is not known.
         raw_bytes: Positions, values and scales before compression.
@@ -46,7 +47,7 @@ class TensorInfo:
 
     @property
     def density(self) -> float | None:
-        """Share of non-zero values, ``None`` where it is not known."""
+        """Non-zero values for each element, ``None`` where it is not known."""
         return None if self.nnz is None else self.nnz / max(math.prod(self.shape), 1)
 
 
@@ -164,11 +165,11 @@ class _Shares:
 
 
 def _describe_tensor(entry: Entry, shares: Mapping[str, _Shares]) -> TensorInfo:
-    if isinstance(entry, EncodedEntry):
-        storage = "sparse" if entry.sparse else "dense"
-        value_type, bits, nnz = entry.value_type, entry.bits, entry.nnz
-    else:
+    if isinstance(entry, RestEntry):
         storage, value_type, bits, nnz = "rest", entry.dtype, type_bits(entry.dtype), None
+    else:
+        storage, value_type = entry.storage, entry.value_type
+        bits, nnz = entry.bits, entry.nnz
     return TensorInfo(
         name=entry.name,
         shape=entry.shape,

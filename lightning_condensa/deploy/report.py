@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_condensa.deploy.densities import PoolRow
-from lightning_condensa.schemes import Encoded, Skipped
+from lightning_condensa.schemes import Encoding, Skipped
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class LayerRow:
     Attributes:
         name: Parameter name.
         shape: Its shape.
-        nnz: Non-zero elements.
-        density: Share of non-zeros.
-        bits: Bits of one stored value.
+        nnz: Non-zero values; those of all factors and terms where it is a sum or product.
+        density: ``nnz`` for each element of the parameter.
+        bits: Bits of one stored value; of the widest where factors and terms differ.
         value_bytes: Bytes of the surviving values and their scales (the paper's count).
         gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖ at the end of the L-C phase; NaN where there was none.
         note: What is the matter with it, if something is.
@@ -57,7 +57,7 @@ class Report:
     @classmethod
     def of(
         cls,
-        theta: Mapping[str, Encoded],
+        theta: Mapping[str, Encoding],
         skipped: Iterator[Skipped] | list[Skipped],
         gaps: Mapping[str, float],
         pools: tuple[PoolRow, ...] = (),
@@ -67,7 +67,7 @@ class Report:
         rows = tuple(
             LayerRow(
                 name=name,
-                shape=tuple(e.codes.shape),
+                shape=tuple(e.shape),
                 nnz=e.nnz,
                 density=e.density,
                 bits=e.value_bits,
@@ -81,7 +81,7 @@ class Report:
 
     @property
     def density(self) -> float:
-        """Share of non-zeros over all compressed parameters."""
+        """Non-zero values for each element, over all compressed parameters."""
         return sum(r.nnz for r in self.rows) / max(sum(math.prod(r.shape) for r in self.rows), 1)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -30,10 +31,10 @@ _STREAMS = (GAPS, "v8", "v16", "v32", "v64", SCALES, "r8", "r16", "r32", "r64")
 
 @dataclass(frozen=True)
 class EncodedEntry:
-    """One compressed tensor.
+    """One compressed tensor: a weight, or a factor or term of one.
 
     Attributes:
-        name: Its key in a state dict.
+        name: Its key in a state dict; for messages only where it is a part of a weight.
         shape: Of the weight and its codes.
         nnz: Codes whose bit pattern is not zero.
         gap_bytes: Bytes of its positions, ``None`` where all codes are stored (dense).
@@ -67,6 +68,16 @@ class EncodedEntry:
         return self.gap_bytes is not None
 
     @property
+    def storage(self) -> str:
+        """How it is stored, in a word."""
+        return "sparse" if self.sparse else "dense"
+
+    @property
+    def leaves(self) -> tuple[EncodedEntry, ...]:
+        """Itself: all that is stored of it."""
+        return (self,)
+
+    @property
     def stored(self) -> dict[str, int]:
         """Words that it takes from each stream."""
         return {
@@ -74,6 +85,59 @@ class EncodedEntry:
             f"v{self.bits}": self.nnz if self.sparse else self.numel,
             SCALES: 0 if self.scale_shape is None else math.prod(self.scale_shape),
         }
+
+
+@dataclass(frozen=True)
+class CombinedEntry:
+    """One compressed weight that is a sum of terms, each a tensor or the product of two.
+
+    Attributes:
+        name: Its key in a state dict.
+        shape: Of the weight.
+        terms: The parts of each term, one or two.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    terms: tuple[tuple[EncodedEntry, ...], ...]
+
+    @property
+    def leaves(self) -> tuple[EncodedEntry, ...]:
+        """All parts, in the order in which they are stored."""
+        return tuple(part for term in self.terms for part in term)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        return math.prod(self.shape)
+
+    @property
+    def nnz(self) -> int:
+        """Codes of all parts whose bit pattern is not zero."""
+        return sum(leaf.nnz for leaf in self.leaves)
+
+    @property
+    def value_type(self) -> str:
+        """Types of the codes, each once."""
+        return "+".join(dict.fromkeys(leaf.value_type for leaf in self.leaves))
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored value, of the widest part."""
+        return max(leaf.bits for leaf in self.leaves)
+
+    @property
+    def storage(self) -> str:
+        """How it is stored, in a word."""
+        return "product" if len(self.terms) == 1 else "sum"
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Words that it takes from each stream."""
+        counts: Counter[str] = Counter()
+        for leaf in self.leaves:
+            counts.update(leaf.stored)
+        return dict(counts)
 
 
 @dataclass(frozen=True)
@@ -101,7 +165,7 @@ class RestEntry:
         return {f"r{type_bits(self.dtype)}": self.numel}
 
 
-Entry: TypeAlias = EncodedEntry | RestEntry
+Entry: TypeAlias = EncodedEntry | CombinedEntry | RestEntry
 
 
 @dataclass(frozen=True)
@@ -151,7 +215,7 @@ class Spec:
         streams: In the order of `stream_counts`.
     """
 
-    encoded: tuple[EncodedEntry, ...]
+    encoded: tuple[EncodedEntry | CombinedEntry, ...]
     rest: tuple[RestEntry, ...]
     aliases: dict[str, str]
     streams: tuple[StoredStream, ...]
@@ -168,10 +232,13 @@ class Spec:
         streams = sum(stream_width(name) * count for name, count in counts.items())
         rest = sum(entry.numel * type_bits(entry.dtype) // 8 for entry in self.rest)
         # Codes and mask of each; positions as 64-bit integers, of one tensor at a time.
-        codes = sum(e.numel * (type_bits(e.value_type) // 8 + 1) for e in self.encoded)
-        positions = max((24 * (entry.gap_bytes or 0) for entry in self.encoded), default=0)
+        leaves = [leaf for entry in self.encoded for leaf in entry.leaves]
+        codes = sum(leaf.numel * (type_bits(leaf.value_type) // 8 + 1) for leaf in leaves)
+        positions = max((24 * (leaf.gap_bytes or 0) for leaf in leaves), default=0)
+        # A product may be much larger than its factors: it is summed up in double precision.
+        products = sum(16 * e.numel for e in self.encoded if isinstance(e, CombinedEntry))
         # Streams twice: as planes and as words.
-        return 2 * streams + rest + codes + positions
+        return 2 * streams + rest + codes + positions + products
 
 
 def type_bits(name: str) -> int:
@@ -236,13 +303,7 @@ def dump_spec(spec: Spec) -> bytes:
         >>> zlib.decompress(dump_spec(Spec((), (), {}, ()))).decode()
         '{"aliases":{},"encoded":[],"rest":[],"streams":[]}'
     """
-    encoded = [
-        [
-            *(e.name, e.shape, e.nnz, e.gap_bytes, e.value_type, e.bits, e.weight_type),
-            *(e.scale_shape, e.group, e.alphabet),
-        ]
-        for e in spec.encoded
-    ]
+    encoded = [_dump_encoded(entry) for entry in spec.encoded]
     rest = [[e.name, e.shape, e.dtype] for e in spec.rest]
     streams = [[s.name, [[part.words, part.chunks] for part in s.segments]] for s in spec.streams]
     text = dump_json(
@@ -251,3 +312,17 @@ def dump_spec(spec: Spec) -> bytes:
     if len(text) > MAX_SPEC_BYTES:
         raise ValueError(f"the spec takes {len(text)} bytes, at most {MAX_SPEC_BYTES} can be read")
     return zlib.compress(text, 9)
+
+
+def _dump_encoded(entry: EncodedEntry | CombinedEntry) -> object:
+    if isinstance(entry, CombinedEntry):
+        terms = [[_fields(part) for part in term] for term in entry.terms]
+        return {"name": entry.name, "shape": entry.shape, "terms": terms}
+    return [entry.name, *_fields(entry)]
+
+
+def _fields(e: EncodedEntry) -> list[object]:
+    return [
+        *(e.shape, e.nnz, e.gap_bytes, e.value_type, e.bits, e.weight_type),
+        *(e.scale_shape, e.group, e.alphabet),
+    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from typing import Any
 
 from lightning_condensa.deploy.checked_json import (
     load_json,
@@ -26,6 +27,7 @@ from lightning_condensa.deploy.spec import (
     MAX_SPEC_BYTES,
     VALUE_TYPES,
     WEIGHT_TYPES,
+    CombinedEntry,
     EncodedEntry,
     Entry,
     RestEntry,
@@ -38,6 +40,7 @@ from lightning_condensa.deploy.spec import (
     type_bits,
 )
 from lightning_condensa.deploy.streams import CODECS, inflate
+from lightning_condensa.deploy.terms import terms_fit
 from lightning_condensa.deploy.words import DTYPES
 
 
@@ -63,7 +66,7 @@ def parse_spec(data: bytes | memoryview, data_bytes: int) -> Spec:
     text = inflate(data, limit=MAX_SPEC_BYTES)
     keys = ("encoded", "rest", "aliases", "streams")
     fields = require_object(load_json(text, "the spec"), "the spec", keys)
-    encoded = tuple(_parse_encoded(item) for item in require_list(fields["encoded"], "encoded"))
+    encoded = tuple(_parse_item(item) for item in require_list(fields["encoded"], "encoded"))
     rest = tuple(_parse_rest(item) for item in require_list(fields["rest"], "rest"))
     aliases = dict(texts(fields["aliases"], "aliases"))
     entries: tuple[Entry, ...] = (*encoded, *rest)
@@ -92,35 +95,62 @@ def check_names(names: Iterable[str], aliases: Mapping[str, str]) -> None:
             raise PackedFileError(f"alias {alias!a} names no tensor: {target!a}")
 
 
-def _parse_encoded(item: object) -> EncodedEntry:
+def _parse_item(item: object) -> EncodedEntry | CombinedEntry:
+    if isinstance(item, dict):
+        return _parse_combined(item)
     fields = require_list(item, "an encoded entry", 10)
-    name = require_text(fields[0], "a tensor's name")
+    return _parse_encoded(require_text(fields[0], "a tensor's name"), fields[1:])
+
+
+def _parse_combined(item: object) -> CombinedEntry:
+    fields = require_object(item, "an encoded entry", ("name", "shape", "terms"))
+    name = require_text(fields["name"], "a tensor's name")
     what = f"tensor {name!a}"
-    shape = _parse_shape(fields[1], what)
+    shape = _parse_shape(fields["shape"], what)
+    terms = []
+    for term in require_list(fields["terms"], f"the terms of {what}"):
+        parts = require_list(term, f"a term of {what}")
+        if len(parts) not in (1, 2):
+            raise PackedFileError(f"a term of {what} has {len(parts)} parts, it may have 1 or 2")
+        parsed = [require_list(part, f"a part of {what}", 9) for part in parts]
+        terms.append(tuple(_parse_encoded(f"a part of {name}", part) for part in parsed))
+    entry = CombinedEntry(name, shape, tuple(terms))
+    if len(entry.leaves) < 2:
+        raise PackedFileError(f"{what} has {len(entry.leaves)} parts, it needs 2 at least")
+    if len({leaf.weight_type for leaf in entry.leaves}) > 1:
+        raise PackedFileError(f"the parts of {what} have different weight types")
+    if not terms_fit([tuple(leaf.shape for leaf in term) for term in terms], shape):
+        raise PackedFileError(f"the shapes of the parts of {what} do not make up its own")
+    return entry
+
+
+def _parse_encoded(name: str, fields: list[Any]) -> EncodedEntry:
+    what = f"tensor {name!a}"
+    shape = _parse_shape(fields[0], what)
     numel = math.prod(shape)
-    nnz = require_count(fields[2], f"nnz of {what}", numel)
+    nnz = require_count(fields[1], f"nnz of {what}", numel)
     gap_bytes: int | None = None
-    if fields[3] is not None:
+    if fields[2] is not None:
         # Each byte beyond one for each value skips 255 elements.
         most = nnz + (numel - nnz) // 255
-        gap_bytes = require_count(fields[3], f"gap bytes of {what}", most)
+        gap_bytes = require_count(fields[2], f"gap bytes of {what}", most)
         if gap_bytes < nnz:
             raise PackedFileError(f"{what} has {nnz} values but {gap_bytes} gap bytes")
-    value_type = _parse_choice(fields[4], VALUE_TYPES, f"value type of {what}")
-    alphabet = _parse_alphabet(fields[9], value_type, what)
+    value_type = _parse_choice(fields[3], VALUE_TYPES, f"value type of {what}")
+    alphabet = _parse_alphabet(fields[8], value_type, what)
     wanted = type_bits(value_type) if alphabet is None else 8
-    if (bits := require_count(fields[5], f"bits of {what}", 64)) != wanted:
+    if (bits := require_count(fields[4], f"bits of {what}", 64)) != wanted:
         raise PackedFileError(f"bits of {what} must be {wanted}, they are {bits}")
-    weight_type = _parse_choice(fields[6], WEIGHT_TYPES, f"weight type of {what}")
+    weight_type = _parse_choice(fields[5], WEIGHT_TYPES, f"weight type of {what}")
     scale_shape: tuple[int, ...] | None = None
     group: int | None = None
-    if fields[7] is not None:
-        scale_shape = _parse_shape(fields[7], f"the scale of {what}")
-        if fields[8] is not None:
-            group = max(require_count(fields[8], f"group of {what}", MAX_NUMEL), 1)
+    if fields[6] is not None:
+        scale_shape = _parse_shape(fields[6], f"the scale of {what}")
+        if fields[7] is not None:
+            group = max(require_count(fields[7], f"group of {what}", MAX_NUMEL), 1)
         if not scale_fits(scale_shape, shape, group):
             raise PackedFileError(f"the scale of {what} does not broadcast to its shape")
-    elif fields[8] is not None:
+    elif fields[7] is not None:
         raise PackedFileError(f"{what} has a group but no scale")
     return EncodedEntry(
         name,

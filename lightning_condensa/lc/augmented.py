@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_condensa.lc.engine import Engine, Parameters
 from lightning_condensa.lc.lagrangian import Lagrangian
-from lightning_condensa.schemes import BoundScheme, Encoded
+from lightning_condensa.schemes import BoundScheme, Encoding
 
 
 class Augmented(Engine):
@@ -59,7 +59,7 @@ class Augmented(Engine):
         bound: BoundScheme,
         strength: float,
         optimizers: Iterable[Optimizer],
-    ) -> dict[str, Encoded]:
+    ) -> dict[str, Encoding]:
         """``θ ← Π(w − λ/μ)``, ``λ ← λ − μ(w − Δ(θ))``, ``μ ← strength``."""
         if self._lagrangian is None:
             self._lagrangian = Lagrangian(bound.pi(parameters), strength)
@@ -76,14 +76,14 @@ class Augmented(Engine):
     ) -> None:
         """Nothing: the penalty alone leads w to Δ(θ)."""
 
-    def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
+    def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoding]:
         """The last C-step's θ.
 
         Once λ has moved, ``Π(w − λ/μ)`` means something only at the end of the next L-step.
         """
         return dict(self.lagrangian.theta)
 
-    def finish(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
+    def finish(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoding]:
         """The last C-step's θ; an L-step that was cut short ends with a projection."""
         if self._trained_since:
             return bound.pi(self.lagrangian.shifted(parameters))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_condensa.schemes import BoundScheme, Encoded
+from lightning_condensa.schemes import BoundScheme, Encoding
 
 Parameters = Mapping[str, Tensor]
 
@@ -60,7 +60,7 @@ class Engine(ABC):
         bound: BoundScheme,
         strength: float,
         optimizers: Iterable[Optimizer],
-    ) -> dict[str, Encoded]:
+    ) -> dict[str, Encoding]:
         """Project; returns θ.
 
         Args:
@@ -83,10 +83,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
+    def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoding]:
         """θ under the final scheme, as it would be deployed now, of weights as given."""
 
-    def finish(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
+    def finish(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoding]:
         """θ at the end of training, of weights as given."""
         return self.project(parameters, bound)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_condensa.functional.norms import norm
 from lightning_condensa.functional.placement import local, placed
 from lightning_condensa.lc.states import encoded_from_state, encoded_state
-from lightning_condensa.schemes import BoundScheme, Encoded
+from lightning_condensa.schemes import BoundScheme, Encoding
 
 
 class Lagrangian:
@@ -39,8 +39,8 @@ class Lagrangian:
         mu: Penalty weight μ of the current L-step.
     """
 
-    def __init__(self, theta: Mapping[str, Encoded], mu: float = 0.0) -> None:
-        self.theta: dict[str, Encoded] = dict(theta)
+    def __init__(self, theta: Mapping[str, Encoding], mu: float = 0.0) -> None:
+        self.theta: dict[str, Encoding] = dict(theta)
         self.mu = mu
         self._anchor = {name: mu * e.decode() for name, e in self.theta.items()}
 

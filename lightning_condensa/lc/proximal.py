@@ -9,8 +9,13 @@ the best values of a sparse θ are those of w itself, so weights that are kept a
 rate of 1 the constraint holds after every step: what is pruned stays zero, gets no gradient, and no
 optimizer remembers it.
 
-Where the scheme also changes values (rounds them, say), the network computes with weights on the
-way from a *latent* u to Δ(θ),
+Where the scheme changes values in a way that small steps can follow (low rank), a C-step moves the
+weight itself,
+
+    w ← w + rate·(Δ(θ) − w)
+
+and the rate grows to 1. Where it rounds them, the network computes with weights on the way from a
+*latent* u to Δ(θ),
 
     w = u + rate·(Δ(θ) − u)        at a C-step; in the L-step after it w and u move alike
 
@@ -37,7 +42,7 @@ from lightning_condensa.functional.ranks import Ranks
 from lightning_condensa.lc.effects import Effects
 from lightning_condensa.lc.engine import Engine, Parameters
 from lightning_condensa.lc.importance import Importance
-from lightning_condensa.schemes import BoundScheme, Encoded
+from lightning_condensa.schemes import BoundScheme, Encoding
 
 #: Names of optimizers' state in torch.
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
@@ -47,8 +52,8 @@ class Proximal(Engine):
     """L-C with a proximal penalty.
 
     Buffers, each of the parameter's size and type: factors for a pruned parameter, the offset for
-    one whose values are projected, and in the last steps before a C-step the squared gradients
-    (for ``criterion="taylor"`` one number per group).
+    one that is rounded, and in the last steps before a C-step the squared gradients (for
+    ``criterion="taylor"`` one number per group).
 
     Args:
         prune_rate: Share of a pruned weight that a step removes.
@@ -63,7 +68,9 @@ class Proximal(Engine):
         self._stray: bool | None = None  # whether the optimizers move what is pruned, once known
         self._factors: dict[str, Tensor] = {}
         self._offsets: dict[str, Tensor] = {}
-        self._next_offsets: dict[str, Tensor] = {}  # from a C-step to the L-step that it begins
+        # From a C-step to the L-step that it begins.
+        self._next_offsets: dict[str, Tensor] = {}
+        self._moves: dict[str, Tensor] = {}
 
     @property
     def cuts(self) -> bool:
@@ -110,7 +117,7 @@ class Proximal(Engine):
         bound: BoundScheme,
         strength: float,
         optimizers: Iterable[Optimizer],
-    ) -> dict[str, Encoded]:
+    ) -> dict[str, Encoding]:
         """θ ← Π(w) in the metric of the gradients, or on the support once that is fixed."""
         if self.cuts and not self._stray:
             self._watch(parameters)
@@ -122,11 +129,21 @@ class Proximal(Engine):
             theta = bound.pi(latent, metric, self._effects.take())
             support = {n: local(e.mask) for n, e in theta.items() if e.mask is not None}
             self._keep(support, parameters)
-        self._next_offsets = {
-            n: (local(theta[n].decode()) - local(latent[n].detach())).mul_(strength)
-            for n in bound.projected
-        }
+        values = {n: local(theta[n].decode()) for n in dict.fromkeys((*bound.moved, *bound.latent))}
+        start = {n: local(latent[n].detach()) for n in values}
+        goals = values | self._goals_before_rounding(latent, bound)
+        self._moves = {n: (goals[n] - start[n]).mul_(strength) for n in bound.moved}
+        start |= {n: start[n] + move for n, move in self._moves.items()}
+        self._next_offsets = {n: (values[n] - start[n]).mul_(strength) for n in bound.latent}
         return theta
+
+    def _goals_before_rounding(self, latent: Parameters, bound: BoundScheme) -> dict[str, Tensor]:
+        """Where latent weights go that are moved before they are rounded."""
+        both = set(bound.moved) & set(bound.latent)
+        if not both:
+            return {}
+        theta = self.project(latent, bound.direct)
+        return {name: local(theta[name].decode()) for name in both}
 
     @torch.no_grad()
     def enter_l_step(
@@ -142,14 +159,16 @@ class Proximal(Engine):
                 self._stray = True
         if self.cuts:
             self._cut(parameters, optimizers)
+        for name, move in self._moves.items():
+            local(parameters[name].detach()).add_(move)
         for name, offset in self._next_offsets.items():
             if name in self._factors:  # only what is kept
                 offset.mul_(self._factors[name] == 1)
             local(parameters[name].detach()).add_(offset)
-        self._offsets, self._next_offsets = self._next_offsets, {}
+        self._offsets, self._next_offsets, self._moves = self._next_offsets, {}, {}
 
     @torch.no_grad()
-    def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoded]:
+    def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoding]:
         """Π(w); on the support once that is fixed."""
         if not self._fixed:
             return bound.pi(parameters)

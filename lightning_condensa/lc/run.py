@@ -24,7 +24,7 @@ from lightning_condensa.lc.augmented import Augmented
 from lightning_condensa.lc.engine import Engine
 from lightning_condensa.lc.plan import Plan
 from lightning_condensa.lc.proximal import Proximal
-from lightning_condensa.schemes import BoundScheme, Encoded
+from lightning_condensa.schemes import BoundScheme, Encoded, Encoding
 
 #: No learning rate rises as if the network were sparser than this.
 _LEAST_DENSITY = 1e-4
@@ -36,7 +36,7 @@ class CStep:
 
     Attributes:
         theta: The new θ.
-        density: Share of non-zeros in θ.
+        density: Non-zero values in θ for each element of the weights.
         value_bytes: Of the surviving values and their scales, the paper's count.
         strength: Of the penalty in the L-step that begins: μ, or the rate of a proximal one.
         gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖, with w as the L-step left it.
@@ -46,7 +46,7 @@ class CStep:
             ``None`` without a gradient of the penalty.
     """
 
-    theta: Mapping[str, Encoded]
+    theta: Mapping[str, Encoding]
     density: float
     value_bytes: float
     strength: float
@@ -132,7 +132,7 @@ class LCRun:
         self._engine.after_step(self.parameters)
         return self._advance(optimizers)
 
-    def project(self, weights: Mapping[str, Tensor]) -> dict[str, Encoded]:
+    def project(self, weights: Mapping[str, Tensor]) -> dict[str, Encoding]:
         """θ of some weights under the final scheme; also while the ramp lasts.
 
         Args:
@@ -151,7 +151,7 @@ class LCRun:
         """
         return self._engine.latent(weights)
 
-    def finish(self, averaged: bool = False) -> dict[str, Encoded]:
+    def finish(self, averaged: bool = False) -> dict[str, Encoding]:
         """θ at the end of training.
 
         Args:
@@ -160,7 +160,7 @@ class LCRun:
         weights = self.parameters if averaged else self.latent(self.parameters)
         return self._engine.finish(weights, self.bound)
 
-    def relative_gaps(self, theta: Mapping[str, Encoded]) -> dict[str, float]:
+    def relative_gaps(self, theta: Mapping[str, Encoding]) -> dict[str, float]:
         """‖w − Δ(θ)‖ / ‖Δ(θ)‖ of each parameter."""
         gaps = {}
         for name, encoded in theta.items():
@@ -183,12 +183,16 @@ class LCRun:
         self._progress = max(self._progress, progress)  # where a resumed run became longer
         bound, strength = self.bound.relaxed(self._progress), self.plan.strength[index]
         theta = self._engine.c_step(self.parameters, bound, strength, optimizers)
-        kept = dict(zip(theta, count_nonzero([e.codes for e in theta.values()]), strict=True))
+        leaves = {n: e.leaves for n, e in theta.items()}
+        kept = _nonzeros(leaves)
         self.density = _density(theta, kept, [n for n, e in theta.items() if e.mask is not None])
+        bits = sum(
+            leaf.bits_of(k) for n in leaves for leaf, k in zip(leaves[n], kept[n], strict=True)
+        )
         c_step = CStep(
             theta=theta,
             density=_density(theta, kept, theta),
-            value_bytes=sum(e.bits_of(kept[n]) for n, e in theta.items()) / 8,
+            value_bytes=bits / 8,
             strength=strength,
             gap=self._gap(theta),
             lr_factor=self.lr_factor,
@@ -215,10 +219,11 @@ class LCRun:
         pruned = [n for n, e in theta.items() if e.mask is not None]
         total = sum(theta[n].numel for n in pruned)
         zeros = total - sum(count_nonzero([self.parameters[n].detach() for n in pruned]))
-        to_prune = total - sum(count_nonzero([theta[n].codes for n in pruned]))
+        kept = _nonzeros({n: theta[n].leaves for n in pruned})
+        to_prune = total - sum(map(sum, kept.values()))
         return min(zeros / to_prune, 1.0) if to_prune > 0 else 1.0
 
-    def _gap(self, theta: Mapping[str, Encoded]) -> float:
+    def _gap(self, theta: Mapping[str, Encoding]) -> float:
         decoded = {n: e.decode() for n, e in theta.items()}
         distance = norm(self.parameters[n].detach() - d for n, d in decoded.items())
         return relative(distance, norm(decoded.values()))
@@ -250,9 +255,15 @@ class LCRun:
         self._engine.load_state_dict(state["engine"], self.parameters)
 
 
+def _nonzeros(leaves: Mapping[str, Sequence[Encoded]]) -> dict[str, list[int]]:
+    """Non-zero codes of each leaf of each parameter; one collective call for all of them."""
+    counts = iter(count_nonzero([e.codes for own in leaves.values() for e in own]))
+    return {name: [next(counts) for _ in own] for name, own in leaves.items()}
+
+
 def _density(
-    theta: Mapping[str, Encoded], kept: Mapping[str, int], names: Collection[str]
+    theta: Mapping[str, Encoding], kept: Mapping[str, Sequence[int]], names: Collection[str]
 ) -> float:
-    """Share of the elements of some tensors that is kept; 1 of none."""
+    """Non-zero values for each element of some tensors; 1 of none."""
     total = sum(theta[n].numel for n in names)
-    return sum(kept[n] for n in names) / total if total > 0 else 1.0
+    return sum(sum(kept[n]) for n in names) / total if total > 0 else 1.0

@@ -8,25 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_condensa.schemes import Encoded
+from lightning_condensa.schemes import Encoded, Encoding
+from lightning_condensa.schemes.combined import combined
 
 
-def encoded_state(encoded: Encoded) -> dict[str, Any]:
-    """One encoding."""
+def encoded_state(encoding: Encoding) -> dict[str, Any]:
+    """One encoding: its shape, and the leaves of each term."""
+    terms = [[_leaf_state(leaf) for leaf in term] for term in encoding.terms]
+    return {"shape": list(encoding.shape), "terms": terms}
+
+
+def encoded_from_state(state: Mapping[str, Any], device: torch.device) -> Encoding:
+    """The encoding that :func:`encoded_state` described."""
+    terms = tuple(tuple(_leaf(leaf, device) for leaf in term) for term in state["terms"])
+    return combined(terms, state["shape"])
+
+
+def _leaf_state(leaf: Encoded) -> dict[str, Any]:
     return {
-        "codes": encoded.codes,
-        "dtype": str(encoded.dtype).removeprefix("torch."),
-        "scale": encoded.scale,
-        "mask": encoded.mask,
-        "group": encoded.group,
-        "bits": encoded.bits,
-        "table_bits": encoded.table_bits,
+        "codes": leaf.codes,
+        "dtype": str(leaf.dtype).removeprefix("torch."),
+        "scale": leaf.scale,
+        "mask": leaf.mask,
+        "group": leaf.group,
+        "bits": leaf.bits,
+        "table_bits": leaf.table_bits,
     }
 
 
-def encoded_from_state(state: Mapping[str, Any], device: torch.device) -> Encoded:
-    """The encoding that :func:`encoded_state` described."""
-
+def _leaf(state: Mapping[str, Any], device: torch.device) -> Encoded:
     def moved(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device).clone()
 

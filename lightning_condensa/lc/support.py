@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_condensa.schemes import Encoded
+from lightning_condensa.schemes import Encoding
 
 
 class Support:
@@ -21,7 +21,7 @@ class Support:
         self.masks = dict(masks)
 
     @classmethod
-    def of(cls, theta: Mapping[str, Encoded]) -> Support:
+    def of(cls, theta: Mapping[str, Encoding]) -> Support:
         """The support of θ: its masks where it was pruned."""
         return cls({n: e.mask for n, e in theta.items() if e.mask is not None})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
@@ -49,13 +50,16 @@ class FileSize(MemoryFootprint):
 
 
 class Parameters(Objective):
-    """Non-zero parameters of the whole module."""
+    """Non-zero parameters of the whole module; of a sum or product those of its parts."""
 
     unit: ClassVar[str] = "weights"
 
     def __call__(self, compressed: CompressedModel) -> float:
         """Count of non-zeros."""
-        return float(sum(int(torch.count_nonzero(p)) for p in compressed.module.parameters()))
+        named = compressed.module.named_parameters()
+        other = [p for n, p in named if n not in compressed.theta]
+        kept = sum(encoding.nnz for encoding in compressed.theta.values())
+        return float(kept + sum(int(torch.count_nonzero(p)) for p in other))
 
 
 class FLOPs(Objective):
@@ -65,7 +69,8 @@ class FLOPs(Objective):
     and fused attention fall apart into products that can be counted (on CPU they cannot). A
     product with a weight, or with a part of one, is scaled by the density of what it reads;
     products without weights, as in attention, count in full. This is what an execution that skips
-    zeros has to do; a dense engine does more.
+    zeros has to do; a dense engine does more. A weight that is a sum or product counts as many
+    operations as its parts have non-zeros, at most as many as a dense one.
 
     Args:
         example: An input batch, or a tuple of positional inputs; the module's
@@ -86,16 +91,23 @@ class FLOPs(Objective):
         module = compressed.module
         inputs = example_of(module, self.example, self.name)
         meta = deepcopy(module).to("meta").eval()
-        counter = _Counter(module, meta)
+        parts = {n: e.density for n, e in compressed.theta.items() if len(e.leaves) > 1}
+        counter = _Counter(module, meta, parts)
         with counter, torch.no_grad():
             meta(*(i.to("meta") if isinstance(i, Tensor) else i for i in inputs))
         return {"value": counter.effective, "dense": counter.dense}
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the products of a forward pass on ``meta``, with the densities of ``module``."""
+    """Counts the products of a forward pass on ``meta``, with the densities of ``module``.
 
-    def __init__(self, module: nn.Module, meta: nn.Module) -> None:
+    Args:
+        module: Holds the values.
+        meta: The same module on the meta device.
+        parts: Densities of the parameters, by name, that are computed with part by part.
+    """
+
+    def __init__(self, module: nn.Module, meta: nn.Module, parts: Mapping[str, float]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.dense = 0
         self.effective = 0.0
@@ -104,6 +116,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _storage(parameter): weights[name].detach()
             for name, parameter in meta.named_parameters(remove_duplicate=False)
             if parameter.dim() > 1
+        }
+        self._parts = {
+            _storage(parameter): min(parts[name], 1.0)
+            for name, parameter in meta.named_parameters()
+            if name in parts
         }
 
     def __torch_dispatch__(
@@ -126,6 +143,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Share of non-zeros that a weight, or a view of one, reads; 1 for other operands."""
         if not isinstance(operand, Tensor) or _storage(operand) not in self._weights:
             return 1.0
+        if _storage(operand) in self._parts:
+            return self._parts[_storage(operand)]
         weight = self._weights[_storage(operand)]
         offset = weight.storage_offset() + operand.storage_offset()
         read = weight.as_strided(operand.shape, operand.stride(), offset)

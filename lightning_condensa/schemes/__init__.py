@@ -1,12 +1,16 @@
 """What to compress and how: schemes, their composition and their configuration."""
 
+from lightning_condensa.schemes.add import Add
 from lightning_condensa.schemes.base import Scheme
 from lightning_condensa.schemes.bound import BoundScheme
 from lightning_condensa.schemes.codebook import Codebook
+from lightning_condensa.schemes.combined import SumOfProducts
 from lightning_condensa.schemes.compose import Compose
 from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.encoding import Encoding
 from lightning_condensa.schemes.finite import NotFiniteError
 from lightning_condensa.schemes.heads import HeadPrune
+from lightning_condensa.schemes.lowrank import LowRank
 from lightning_condensa.schemes.prune import Prune
 from lightning_condensa.schemes.quantize import Quantize
 from lightning_condensa.schemes.selection import SelectionError, Skipped, Target
@@ -14,14 +18,17 @@ from lightning_condensa.schemes.space import Choice, Range
 from lightning_condensa.schemes.structured import BlockPrune, FilterPrune, NeuronPrune, NMPrune
 
 __all__ = [
+    "Add",
     "BlockPrune",
     "BoundScheme",
     "Choice",
     "Codebook",
     "Compose",
     "Encoded",
+    "Encoding",
     "FilterPrune",
     "HeadPrune",
+    "LowRank",
     "NMPrune",
     "NeuronPrune",
     "NotFiniteError",
@@ -31,5 +38,6 @@ __all__ = [
     "Scheme",
     "SelectionError",
     "Skipped",
+    "SumOfProducts",
     "Target",
 ]

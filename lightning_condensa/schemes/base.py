@@ -15,9 +15,10 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_condensa.functional.placement import where
-from lightning_condensa.schemes.bound import PROJECT, BoundScheme
+from lightning_condensa.schemes.bound import PROJECT, PRUNE, QUANTIZE, BoundScheme
 from lightning_condensa.schemes.config import changed_fields, decode, encode
 from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.encoding import Encoding
 from lightning_condensa.schemes.finite import require_finite
 from lightning_condensa.schemes.selection import (
     WEIGHT_TYPES,
@@ -63,6 +64,9 @@ class Scheme:
     order: ClassVar[int] = PROJECT
     #: Layers compressed where ``types`` is empty.
     default_types: ClassVar[tuple[str, ...]] = WEIGHT_TYPES
+    #: Whether it makes several tensors of a weight. A composition may round these after it, each by
+    #: itself, and do nothing else to the weight: zeros of a pruning before it would not stay.
+    splits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "types"):
@@ -80,11 +84,12 @@ class Scheme:
 
     def compress(
         self, theta: Mapping[str, Encoded], targets: Sequence[Target]
-    ) -> dict[str, Encoded]:
+    ) -> Mapping[str, Encoding]:
         """One stage of Π: new encodings for the scheme's own tensors.
 
         Args:
-            theta: Encodings so far, by parameter name.
+            theta: Encodings so far, by parameter name. A weight that an earlier stage split is
+                here as several, under names and targets of their own.
             targets: The tensors of this scheme.
 
         Returns:
@@ -109,6 +114,29 @@ class Scheme:
     def structure(self, targets: Sequence[Target]) -> object:
         """What the scheme makes of its targets, comparable: equal for schemes that do the same."""
         return self
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it rounds the values that are stored."""
+        return self.order == QUANTIZE
+
+    @property
+    def latent(self) -> bool:
+        """Whether L-C keeps a latent weight beside what this scheme makes of it.
+
+        Training steps may be too small to move a rounded weight: they add up in the latent one. A
+        scheme among whose results one can move in small steps, such as matrices of one rank, has
+        the weight itself moved to what it makes of it, as pruning does.
+        """
+        return self.order != PRUNE
+
+    @property
+    def tolerance(self) -> float:
+        """How far Π may move float32 weights that it made itself, as a share of their norm.
+
+        0 for a projection in the strict sense, which gives back the same bits.
+        """
+        return 0.0
 
     def relaxed(self: S, progress: float) -> S:
         """The scheme part of the way from dense (0) to compressed (1), for ramps."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_condensa.functional.placement import elementwise
 from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes.encoding import Encoding
 from lightning_condensa.schemes.selection import Target
 
 if TYPE_CHECKING:
@@ -44,9 +45,20 @@ class BoundScheme:
         return self._names(lambda stage: stage.order == PRUNE)
 
     @property
-    def projected(self) -> tuple[str, ...]:
-        """The parameters whose kept values some stage changes."""
-        return self._names(lambda stage: stage.order != PRUNE)
+    def latent(self) -> tuple[str, ...]:
+        """The parameters that need a latent weight in training: rounded ones, say."""
+        return self._names(lambda stage: stage.latent)
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The parameters whose kept values some stage changes without a latent weight."""
+        return self._names(lambda stage: stage.order != PRUNE and not stage.latent)
+
+    @property
+    def direct(self) -> BoundScheme:
+        """What is left of the scheme without the stages that need a latent weight."""
+        stages = tuple((stage, targets) for stage, targets in self.stages if not stage.latent)
+        return replace(self, stages=stages)
 
     def _names(self, which: Callable[[Scheme], bool]) -> tuple[str, ...]:
         names = {n for stage, targets in self.stages if which(stage) for n in stage.names(targets)}
@@ -62,7 +74,7 @@ class BoundScheme:
         weights: Mapping[str, Tensor],
         metric: Mapping[str, Tensor] | None = None,
         effects: Sequence[Mapping[str, Tensor]] = (),
-    ) -> dict[str, Encoded]:
+    ) -> dict[str, Encoding]:
         """Π: compress.
 
         Weights may be DTensors (FSDP2, tensor parallelism): θ is then sharded like them and, put
@@ -82,18 +94,18 @@ class BoundScheme:
         Raises:
             NotFiniteError: If a weight is not finite.
         """
-        theta = {name: Encoded.dense(weights[name].detach()) for name in self.names}
+        theta = self._dense(weights)
         for index, (stage, targets) in enumerate(self.stages):
             own = effects[index] if effects else {}
             if (metric or own) and stage.order == PRUNE:
                 theta.update(_chosen(stage, targets, theta, metric or {}, own))
             else:
-                theta.update(stage.compress(theta, targets))
+                theta.update(staged(stage, targets, theta))
         return theta
 
     def pi_on_support(
         self, weights: Mapping[str, Tensor], support: Mapping[str, Tensor]
-    ) -> dict[str, Encoded]:
+    ) -> dict[str, Encoding]:
         """Π where it is settled what is pruned.
 
         Args:
@@ -101,15 +113,18 @@ class BoundScheme:
             support: Boolean tensors, true where an element is kept; a name that is missing is not
                 pruned.
         """
-        theta = {name: Encoded.dense(weights[name].detach()) for name in self.names}
+        theta = self._dense(weights)
         for name, mask in support.items():
-            theta[name] = theta[name].masked(mask)
+            theta[name] = Encoded.dense(weights[name].detach()).masked(mask)
         for stage, targets in self.stages:
             if stage.order != PRUNE:
-                theta.update(stage.compress(theta, targets))
+                theta.update(staged(stage, targets, theta))
         return theta
 
-    def delta(self, theta: Mapping[str, Encoded]) -> dict[str, Tensor]:
+    def _dense(self, weights: Mapping[str, Tensor]) -> dict[str, Encoding]:
+        return {name: Encoded.dense(weights[name].detach()) for name in self.names}
+
+    def delta(self, theta: Mapping[str, Encoding]) -> dict[str, Tensor]:
         """Δ: decompress to dense tensors."""
         return {name: theta[name].decode() for name in self.names}
 
@@ -126,19 +141,61 @@ class BoundScheme:
         return replace(self, stages=stages)
 
 
+def staged(
+    stage: Scheme, targets: Sequence[Target], theta: Mapping[str, Encoding]
+) -> dict[str, Encoding]:
+    """One stage of Π, which takes the leaves of an encoding for tensors of their own.
+
+    Args:
+        stage: The stage.
+        targets: Its tensors.
+        theta: Encodings so far.
+
+    Returns:
+        The encodings that it changed.
+    """
+    keys = {name: _keys(name, encoding) for name, encoding in theta.items()}
+    leaves = {k: e for name in keys for k, e in zip(keys[name], theta[name].leaves, strict=True)}
+    parts = [_part(t, k, leaves[k]) for t in targets for k in keys[t.name]]
+    found = stage.compress(leaves, parts)
+    changed: dict[str, Encoding] = {}
+    for name, own in keys.items():
+        if len(own) == 1 and name in found:
+            changed[name] = found[name]
+        elif not found.keys().isdisjoint(own):
+            new = [leaf for key in own for leaf in found.get(key, leaves[key]).leaves]
+            changed[name] = theta[name].rebuilt(new)
+    return changed
+
+
+def _keys(name: str, encoding: Encoding) -> list[str]:
+    """The names that the leaves of a parameter go by."""
+    count = len(encoding.leaves)
+    return [name] if count == 1 else [f"{name}[{i}]" for i in range(count)]
+
+
+def _part(target: Target, key: str, leaf: Encoded) -> Target:
+    """A leaf as a tensor to compress: of the weight's own layout, or a matrix."""
+    if tuple(leaf.shape) == target.shape:
+        return replace(target, name=key)
+    return Target(key, tuple(leaf.shape), target.layer)
+
+
 def _chosen(
     stage: Scheme,
     targets: Sequence[Target],
-    theta: Mapping[str, Encoded],
+    theta: Mapping[str, Encoding],
     metric: Mapping[str, Tensor],
     effects: Mapping[str, Tensor],
-) -> dict[str, Encoded]:
+) -> dict[str, Encoding]:
     """What a pruning stage keeps when it judges by gradients, with the values as they are."""
-    judged = dict(theta)
+    # Pruning comes before all that would make several leaves of one.
+    kept = {name: leaf for name, e in theta.items() for leaf in e.leaves}
+    judged = dict(kept)
     for name in stage.names(targets):
         if name in metric:
-            codes = elementwise(torch.mul, theta[name].codes, metric[name])
-            judged[name] = theta[name].replace(codes=codes)
-    judged.update(stage.judged(theta, targets, effects))
+            codes = elementwise(torch.mul, kept[name].codes, metric[name])
+            judged[name] = kept[name].replace(codes=codes)
+    judged.update(stage.judged(kept, targets, effects))
     chosen = stage.compress(judged, targets)
-    return {n: theta[n].masked(e.mask) for n, e in chosen.items() if e.mask is not None}
+    return {n: kept[n].masked(e.mask) for n, e in chosen.items() if e.mask is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,12 @@ from torch import nn
 
 from lightning_condensa.schemes.base import Scheme
 from lightning_condensa.schemes.bound import QUANTIZE, BoundScheme
-from lightning_condensa.schemes.selection import Skipped
+from lightning_condensa.schemes.members import require_schemes, schemes_at, space_of
+from lightning_condensa.schemes.selection import Skipped, Target
 from lightning_condensa.schemes.space import Dimension
+
+#: Π makes other factors of a product of rounded ones, and rounds those: int4 moves it by 0.1.
+_ROUNDED_PARTS = 0.15
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Compose(Scheme):
     """Π from left to right, Δ from right to left.
 
     The order is checked when built: prune, then project values, then quantize, because a later
-    prune would have to compare codes of different scales.
+    prune would have to compare codes of different scales. Rounding after :class:`LowRank` or
+    :class:`Add` rounds each factor and term by itself.
 
     Attributes:
         schemes: At least one scheme; compositions inside are flattened.
@@ -37,15 +41,10 @@ class Compose(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.schemes
-        if not isinstance(given, Sequence) or not given:
-            raise ValueError(f"schemes must be a non-empty list of schemes, got {given!r}")
-        for scheme in given:
-            if not isinstance(scheme, Scheme):
-                raise ValueError(f"schemes must hold schemes, got {scheme!r}")
+        require_schemes(self.schemes)
         if self.include or self.exclude or self.types:
             raise ValueError("Compose takes no include, exclude or types: give them to its schemes")
-        flat = tuple(stage for scheme in given for stage in scheme.stages)
+        flat = tuple(stage for scheme in self.schemes for stage in scheme.stages)
         object.__setattr__(self, "schemes", flat)
         for before, after in pairwise(flat):
             if before.order > after.order:
@@ -63,19 +62,14 @@ class Compose(Scheme):
         """Resolve every stage against a module.
 
         Raises:
-            ValueError: As for a single scheme, and if two stages quantize the same weight.
+            ValueError: As for a single scheme, if two stages quantize the same weight, or if one
+                splits a weight that another does not only round.
         """
         try:
             bound = super().bind(module)
         except ValueError as error:
             raise self._with_stage(error, module) from error
-        uses = Counter(t.name for s, ts in bound.stages if s.order == QUANTIZE for t in ts)
-        if twice := [name for name, count in uses.items() if count > 1]:
-            by = [s.describe() for s, ts in bound.stages if twice[0] in {t.name for t in ts}]
-            raise ValueError(
-                f"{', '.join(twice)} would be quantized twice, in {' → '.join(by)}: "
-                "select different weights with include= or exclude="
-            )
+        check_stages(bound.stages)
         return bound
 
     def _with_stage(self, error: ValueError, module: nn.Module) -> ValueError:
@@ -88,6 +82,14 @@ class Compose(Scheme):
                 return type(own)(f"{stage.describe()}: {own}")
         return error
 
+    @property
+    def tolerance(self) -> float:
+        """The largest of the stages; where parts are rounded, the share that is new each time."""
+        tolerances = [stage.tolerance for stage in self.stages]
+        splits = any(stage.splits for stage in self.stages)
+        rounds = any(stage.quantizes for stage in self.stages)
+        return max(*tolerances, _ROUNDED_PARTS if splits and rounds else 0.0)
+
     def skipped(self, module: nn.Module) -> list[Skipped]:
         """The parameters that no stage compresses, with the reasons of each."""
         reasons: dict[str, list[str]] = {}
@@ -97,32 +99,14 @@ class Compose(Scheme):
         everywhere = {n: r for n, r in reasons.items() if len(r) == len(self.stages)}
         return [Skipped(n, "; ".join(dict.fromkeys(r))) for n, r in everywhere.items()]
 
-    def _stage_names(self) -> list[str]:
-        """``prune``, ``quantize``, … with ``_2`` and so on where a class repeats."""
-        counts: Counter[str] = Counter()
-        names = []
-        for stage in self.stages:
-            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(stage).__name__).lower()
-            counts[name] += 1
-            names.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
-        return names
-
     def space(self) -> dict[str, Dimension]:
         """The open dimensions of all stages, as ``stage.dimension``."""
-        return {
-            f"{name}.{dimension}": value
-            for name, stage in zip(self._stage_names(), self.stages, strict=True)
-            for dimension, value in stage.space().items()
-        }
+        return space_of(self.stages)
 
     def at(self, values: Mapping[str, Any]) -> Compose:
         """The composition with values for some dimensions."""
         self.check_dimensions(values)
-        stages = []
-        for name, stage in zip(self._stage_names(), self.stages, strict=True):
-            own = {d: values[f"{name}.{d}"] for d in stage.space() if f"{name}.{d}" in values}
-            stages.append(stage.at(own))
-        return Compose(stages)
+        return Compose(schemes_at(self.stages, values))
 
     def relaxed(self, progress: float) -> Compose:
         """Every stage part of the way."""
@@ -131,3 +115,30 @@ class Compose(Scheme):
     def describe(self) -> str:
         """One line for people: the stages in order."""
         return " → ".join(stage.describe() for stage in self.stages)
+
+
+def check_stages(stages: Sequence[tuple[Scheme, Sequence[Target]]]) -> None:
+    """Check that stages, each with its targets, can follow one another.
+
+    Raises:
+        ValueError: If two quantize the same weight, or one splits a weight that another does not
+            only round.
+    """
+    uses = Counter(t.name for stage, targets in stages if stage.quantizes for t in targets)
+    if twice := [name for name, count in uses.items() if count > 1]:
+        by = [s.describe() for s, targets in stages if twice[0] in {t.name for t in targets}]
+        raise ValueError(
+            f"{', '.join(twice)} would be quantized twice, in {' → '.join(by)}: "
+            "select different weights with include= or exclude="
+        )
+    for i, (splitting, targets) in enumerate(stages):
+        if not splitting.splits:
+            continue
+        for j, (stage, others) in enumerate(stages):
+            shared = {t.name for t in targets} & set(stage.names(others))
+            if i != j and shared and stage.order != QUANTIZE:
+                raise ValueError(
+                    f"{type(splitting).__name__} and {type(stage).__name__} cannot both compress "
+                    f"{', '.join(sorted(shared))}: factors and terms can only be rounded. Select "
+                    "different weights with include= or exclude=, or take the sum of both, Add"
+                )

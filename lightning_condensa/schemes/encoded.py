@@ -1,7 +1,8 @@
-"""θ for one tensor: what a scheme keeps of a weight, and how to get the weight back."""
+"""θ for one tensor: what a scheme keeps of it, and how to get it back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,8 @@ from lightning_condensa.functional.ranks import count_nonzero
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """A compressed tensor, ``Δ(θ) = codes · scale`` (Condensa's θ, arXiv:1911.02497 §4).
+
+    The leaf of all encodings (:class:`~lightning_condensa.schemes.encoding.Encoding`).
 
     Tensors may be DTensors: then ``codes`` and ``mask`` are placed like the weight, ``scale`` is
     sharded with the output channels and replicated otherwise, and the counts are those of the whole
@@ -45,6 +48,26 @@ class Encoded:
     def dense(cls, weight: Tensor) -> Encoded:
         """The identity encoding: where every chain of projections starts."""
         return cls(codes=weight, dtype=weight.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.codes.shape
+
+    @property
+    def terms(self) -> tuple[tuple[Encoded, ...], ...]:
+        """Itself, as the only factor of the only term."""
+        return ((self,),)
+
+    @property
+    def leaves(self) -> tuple[Encoded, ...]:
+        """Itself."""
+        return (self,)
+
+    def rebuilt(self, leaves: Sequence[Encoded]) -> Encoded:
+        """The one leaf that is given."""
+        (leaf,) = leaves
+        return leaf
 
     def replace(self, **changes: object) -> Encoded:
         """A copy with some attributes changed."""

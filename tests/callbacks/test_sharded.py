@@ -174,6 +174,10 @@ def test_checkpoints_hold_theta_and_resume_bit_for_bit(fits: Fits) -> None:
             assert isinstance(b, dict) and a.keys() == b.keys()
             for key in a:
                 compare(a[key], b[key])
+        elif isinstance(a, list):
+            assert isinstance(b, list) and len(a) == len(b)
+            for ours, theirs in zip(a, b, strict=True):
+                compare(ours, theirs)
         else:
             assert a == b
 

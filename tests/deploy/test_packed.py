@@ -18,7 +18,7 @@ from lightning_condensa.deploy.packed import (
     write_packed,
 )
 from lightning_condensa.deploy.words import DTYPES
-from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes import Encoded, Encoding, SumOfProducts
 
 VALUE_DTYPES = [
     torch.float64,
@@ -31,6 +31,7 @@ VALUE_DTYPES = [
 ]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+COUNTS = st.integers(1, 3)
 SHAPES = st.one_of(
     st.sampled_from([(), (0,), (1,), (3, 0, 2), (1, 1, 1), (2_000,)]),
     st.lists(st.integers(1, 12), min_size=1, max_size=4).map(tuple),
@@ -64,15 +65,22 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert torch.equal(bits(a), bits(b))
 
 
+def assert_same_leaf(first: Encoded, second: Encoded) -> None:
+    assert (first.dtype, first.group) == (second.dtype, second.group)
+    assert_same_bits(first.codes, second.codes)
+    assert (first.scale is None) == (second.scale is None)
+    if first.scale is not None and second.scale is not None:
+        assert_same_bits(first.scale, second.scale)
+
+
 def assert_same(a: Packed, b: Packed) -> None:
     assert list(a.encoded) == list(b.encoded)
     for name, first in a.encoded.items():
         second = b.encoded[name]
-        assert (first.dtype, first.group) == (second.dtype, second.group)
-        assert_same_bits(first.codes, second.codes)
-        assert (first.scale is None) == (second.scale is None)
-        if first.scale is not None and second.scale is not None:
-            assert_same_bits(first.scale, second.scale)
+        assert [len(term) for term in first.terms] == [len(term) for term in second.terms]
+        assert first.shape == second.shape
+        for leaf, other in zip(first.leaves, second.leaves, strict=True):
+            assert_same_leaf(leaf, other)
         assert_same_bits(first.decode(), second.decode())
     assert list(a.rest) == list(b.rest)
     for name, tensor in a.rest.items():
@@ -107,11 +115,33 @@ def encodeds(draw: st.DrawFn) -> Encoded:
 
 
 @st.composite
+def sums(draw: st.DrawFn) -> Encoding:
+    """Sums of finite leaves and of products of such, as schemes make them."""
+    rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    shape = draw(st.sampled_from([(rows, columns), (columns, 1, rows)]))
+    dtype = draw(st.sampled_from(FLOATS))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+
+    def leaf(*sizes: int) -> Encoded:
+        if draw(st.booleans()):
+            codes = torch.randint(-3, 4, sizes, generator=generator, dtype=torch.int8)
+            return Encoded(codes, dtype, torch.rand(sizes[0], *[1] * (len(sizes) - 1)))
+        return Encoded.dense(torch.randn(sizes, generator=generator).to(dtype))
+
+    def product() -> Encoding:
+        rank = draw(st.integers(0, min(rows, columns)))
+        return SumOfProducts.product(leaf(rows, rank), leaf(rank, columns), shape)
+
+    terms = [product() if draw(st.booleans()) else leaf(*shape) for _ in range(draw(COUNTS))]
+    return SumOfProducts.sum(terms)
+
+
+@st.composite
 def packeds(draw: st.DrawFn) -> Packed:
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
     names = draw(st.lists(text, unique=True, max_size=8))
     cuts = sorted(draw(st.tuples(*[st.integers(0, len(names))] * 2)))
-    encoded = {name: draw(encodeds()) for name in names[: cuts[0]]}
+    encoded = {name: draw(st.one_of(encodeds(), sums())) for name in names[: cuts[0]]}
     rest = {
         name: random_bits(
             draw(SHAPES), draw(st.sampled_from(list(DTYPES.values()))), draw(st.integers(0, 99))
@@ -262,3 +292,27 @@ def test_overhead_of_a_small_model(tmp_path: Path) -> None:
     rest = {f"{name}.bias": torch.randn(s[0]) for name, s in shapes.items()}
     write_packed(tmp_path / "m.condensa", Packed(encoded, rest))
     assert inspect_packed(tmp_path / "m.condensa").overhead_bytes < 600
+
+
+def test_sums_and_products_are_described_as_what_they_are(tmp_path: Path) -> None:
+    left, right = Encoded.dense(torch.rand(6, 2)), Encoded.dense(torch.rand(2, 9))
+    product = SumOfProducts.product(left, right, (6, 3, 3))
+    correction = Encoded(thin(torch.ones(6, 3, 3).half(), 0.1, 0), torch.float32)
+    total = SumOfProducts.sum([product, correction])
+    write_packed(tmp_path / "m.condensa", Packed({"p": product, "s": total}))
+    info = inspect_packed(tmp_path / "m.condensa")
+    assert [(t.storage, t.value_type, t.bits, t.nnz) for t in info.tensors] == [
+        ("product", "F32", 32, 30),
+        ("sum", "F32+F16", 32, 30 + correction.nnz),
+    ]
+    assert sum(t.raw_bytes for t in info.tensors) == sum(s.raw_bytes for s in info.streams)
+    assert sum(t.bytes for t in info.tensors) == pytest.approx(sum(s.bytes for s in info.streams))
+    assert "product" in str(info)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (54,)])
+def test_parts_that_do_not_fit_are_not_stored(shape: tuple[int, ...]) -> None:
+    left, right = Encoded.dense(torch.ones(6, 2)), Encoded.dense(torch.ones(2, 9))
+    theta = SumOfProducts(((left, right), (Encoded.dense(torch.ones(6, 9)),)), torch.Size(shape))
+    with pytest.raises(ValueError, match="factors and terms of 'w' do not make up a weight"):
+        pack(Packed({"w": theta}))

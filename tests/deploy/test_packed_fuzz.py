@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from lightning_condensa.deploy.container import read_container, write_container
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed import Packed, pack, unpack
-from lightning_condensa.schemes.encoded import Encoded
+from lightning_condensa.schemes import Encoded, SumOfProducts
 
 
 def small() -> Packed:
     codes = torch.zeros(40, dtype=torch.int8)
     codes[::9] = 3
+    factors = [Encoded(torch.ones(sizes).half(), torch.float32) for sizes in ((2, 1), (1, 3))]
+    product = SumOfProducts.product(factors[0], factors[1], (2, 3))
+    low = SumOfProducts.sum([product, Encoded(torch.eye(2, 3).half(), torch.float32)])
     return Packed(
-        {"w": Encoded(codes.view(4, 10), torch.float32, torch.rand(4, 1))},
+        {"w": Encoded(codes.view(4, 10), torch.float32, torch.rand(4, 1)), "low": low},
         {"b": torch.tensor([True, False]), "steps": torch.tensor(3)},
         {"tied": "w"},
         {"note": "é"},

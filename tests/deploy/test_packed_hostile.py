@@ -97,7 +97,7 @@ def encoded_entry(**changes: object) -> list[object]:
         (encoded_entry(scale=[1, 8]), "does not broadcast"),
         (encoded_entry(scale=[2**50]), "a dimension of the scale"),
         (encoded_entry()[:7], "a list of 10 items"),
-        ({"name": "w"}, "a list of 10 items"),
+        ({"name": "w"}, r"an object with the keys \['name', 'shape', 'terms'\]"),
     ],
 )
 def test_hostile_entries(entry: object, message: str) -> None:
@@ -105,6 +105,70 @@ def test_hostile_entries(entry: object, message: str) -> None:
     spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": streams}
     with pytest.raises(PackedFileError, match=message):
         unpack(with_spec(spec, b"12345678"))
+
+
+def combined_entry(*terms: list[list[object]], **changes: object) -> dict[str, object]:
+    """A sum of terms; parts are what an entry has beside its name."""
+    return {"name": "w", "shape": [2, 4], "terms": list(terms), **changes}
+
+
+def part(*shape: int, **changes: object) -> list[object]:
+    """A dense int8 part."""
+    return encoded_entry(shape=list(shape), nnz=int(np.prod(shape)), **changes)[1:]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (combined_entry(), "has 0 parts, it needs 2"),
+        (combined_entry([part(2, 4)]), "has 1 parts, it needs 2"),
+        (combined_entry([], [part(2, 4)]), "a term of tensor 'w' has 0 parts"),
+        (combined_entry([part(2, 1), part(1, 4), part(2, 4)]), "has 3 parts, it may have 1 or 2"),
+        (combined_entry([part(2, 1), part(4, 1)]), "do not make up its own"),
+        (combined_entry([part(2, 1), part(1, 3)]), "do not make up its own"),
+        (combined_entry([part(2, 3), part(3, 4)]), "do not make up its own"),
+        (combined_entry([part(2), part(1, 4)]), "do not make up its own"),
+        (combined_entry([part(2, 4)], [part(8)]), "do not make up its own"),
+        (combined_entry([part(2, 1), part(1, 4, weight="F16")]), "different weight types"),
+        (combined_entry([part(2, 1), encoded_entry()]), "a list of 9 items"),
+        (combined_entry([part(2, 1), [part(1, 4)]]), "a list of 9 items"),
+        (combined_entry([part(2, 1), combined_entry()]), "a list of 9 items"),
+        (combined_entry([part(2, 1), part(1, 4, bits=4)]), "bits of tensor 'a part of w' must be"),
+        (combined_entry([part(2, 1), part(1, 4, type="I64")]), "unknown value type"),
+        (combined_entry(terms=8), "the terms of tensor 'w' must be a list"),
+        (combined_entry(terms=[8]), "a term of tensor 'w' must be a list"),
+        (combined_entry(name=3), "name must be a string"),
+        (combined_entry(shape=[2**40, 2**40]), "spans more than"),
+        (combined_entry(more=1), "an object with the keys"),
+    ],
+)
+def test_hostile_sums(entry: object, message: str) -> None:
+    streams = [stream("v8", 6)]
+    spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": streams}
+    with pytest.raises(PackedFileError, match=message):
+        unpack(with_spec(spec, b"\1" * 6))
+
+
+def test_the_parts_of_those_tests_are_good_by_themselves() -> None:
+    entry = combined_entry([part(2, 1), part(1, 4)])
+    streams = [stream("v8", 6)]
+    spec = {"encoded": [entry], "rest": [], "aliases": {}, "streams": streams}
+    found = unpack(with_spec(spec, b"\1\2\3\4\5\6")).encoded["w"]
+    assert found.decode().tolist() == [[3, 4, 5, 6], [6, 8, 10, 12]]
+
+
+def test_a_small_product_of_a_huge_weight_is_refused_before_it_is_decoded() -> None:
+    size = 2**20
+    parts = [part(size, 1), part(1, size)]
+    empty = [[*p[:1], 0, 0, *p[3:]] for p in parts]
+    spec = {
+        "encoded": [combined_entry(empty, shape=[size, size])],
+        "rest": [],
+        "aliases": {},
+        "streams": [],
+    }
+    with pytest.raises(PackedFileError, match="max_bytes is"):
+        unpack(with_spec(spec, b""))
 
 
 def test_the_entry_of_those_tests_is_good_by_itself() -> None:

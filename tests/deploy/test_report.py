@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.deploy.report import Report
-from lightning_condensa.schemes import Compose, NeuronPrune, Prune, Quantize
+from lightning_condensa.schemes import Add, Compose, LowRank, NeuronPrune, Prune, Quantize
 
 
 def module() -> nn.Module:
@@ -69,3 +69,16 @@ def test_as_text_and_plain_data() -> None:
 
 def test_no_rows() -> None:
     assert Report((), ()).density == pytest.approx(0)
+
+
+def test_rows_of_sums_and_products_count_their_parts() -> None:
+    scheme = Compose(
+        [Add([LowRank(rank=1), Prune(0.1, scope="layer")]), Quantize("float16", include="^0")]
+    )
+    report = CompressedModel.compress(module(), scheme).report()
+    figures = {r.name: (r.shape, r.nnz, r.bits) for r in report.rows}
+    assert figures["0.weight"] == ((8, 10), 18 + 8, 16)
+    assert figures["2.weight"] == ((5, 8), 13 + 4, 32)
+    assert report.density == (26 + 17) / 120
+    assert [r.value_bytes for r in report.rows] == [2 * 26, 4 * 17]
+    assert "32.50%" in str(report)

@@ -20,7 +20,17 @@ from lightning_condensa.objectives import (
     Throughput,
     as_objective,
 )
-from lightning_condensa.schemes import Compose, FilterPrune, NeuronPrune, Prune, Quantize, Scheme
+from lightning_condensa.schemes import (
+    Add,
+    Codebook,
+    Compose,
+    FilterPrune,
+    LowRank,
+    NeuronPrune,
+    Prune,
+    Quantize,
+    Scheme,
+)
 
 
 def compress(module: nn.Module, scheme: Scheme | None = None) -> CompressedModel:
@@ -67,6 +77,7 @@ def test_parameters_count_non_zeros() -> None:
     assert Parameters()(compress(module)) == 44
     assert Parameters()(compress(module, Prune(0.25))) == 10 + 4
     assert Parameters()(compress(module, NeuronPrune(0.5))) == 20 + 2
+    assert Parameters()(compress(module, LowRank(rank=1))) == 14 + 4
 
 
 # -- FLOPs -----------------------------------------------------------------------------------------
@@ -133,6 +144,15 @@ def test_effective_flops_of_a_network() -> None:
         "value": convolution / 2 + linear,
         "dense": convolution + linear,
     }
+
+
+def test_flops_of_factors_are_those_of_two_small_layers() -> None:
+    module = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    low = compress(module, LowRank(rank=2, include="^0"))
+    assert FLOPs(torch.rand(1, 40))(low) == pytest.approx(2 * (2 * 70 + 600))
+    # A codebook with corrections stores more values than the weight has, and computes with as many.
+    more = compress(module, Add([Codebook(2), Prune(0.1)]))
+    assert FLOPs(torch.rand(1, 40))(more) == 2 * (1200 + 600)
 
 
 def test_effective_flops_of_a_pruned_lstm() -> None:
