@@ -8,7 +8,7 @@ from lightning_condensa.callbacks import (
     compress_ladder,
     geometric_densities,
 )
-from lightning_condensa.deploy import CompressedModel, PackedFileError, load_compressed
+from lightning_condensa.deploy import CompressedModel, OnnxReport, PackedFileError, load_compressed
 from lightning_condensa.objectives import (
     FileSize,
     FLOPs,
@@ -57,6 +57,7 @@ __all__ = [
     "MemoryFootprint",
     "NMPrune",
     "NeuronPrune",
+    "OnnxReport",
     "PackedFileError",
     "Parameters",
     "Prune",

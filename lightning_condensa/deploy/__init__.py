@@ -2,6 +2,7 @@
 
 from lightning_condensa.deploy.compressed import CompressedModel, load_compressed, load_theta
 from lightning_condensa.deploy.errors import PackedFileError
+from lightning_condensa.deploy.export import OnnxLayer, OnnxReport
 from lightning_condensa.deploy.packed import (
     Packed,
     inspect_packed,
@@ -15,6 +16,8 @@ from lightning_condensa.deploy.report import LayerRow, Report
 __all__ = [
     "CompressedModel",
     "LayerRow",
+    "OnnxLayer",
+    "OnnxReport",
     "Packed",
     "PackedFileError",
     "Report",

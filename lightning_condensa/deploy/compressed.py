@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.deploy.densities import kept_by_pool
 from lightning_condensa.deploy.errors import PackedFileError
+from lightning_condensa.deploy.export import OnnxReport, program_bytes, require_onnx, trace
 from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_packed
 from lightning_condensa.deploy.report import Report
 from lightning_condensa.functional.placement import whole
@@ -121,6 +123,64 @@ class CompressedModel:
     def file_bytes(self) -> int:
         """Size of the packed file, without writing it."""
         return len(pack(self.packed()))
+
+    def to_onnx(
+        self,
+        path: str | Path,
+        example: Any,
+        precision: Literal["float32", "float16", "int8"] = "float32",
+        calibration: Any = None,
+    ) -> OnnxReport:
+        """Write an ONNX file (opset 21) of forward in evaluation mode, for any batch size.
+
+        The weights of ``Codebook`` are stored as a table and indices of four bits (up to 16
+        values, zero among them) or eight.
+
+        Args:
+            path: Where to; replaced atomically.
+            example: A batch of inputs, or a tuple of positional inputs: tensors, the first with
+                the batch in dimension 0.
+            precision: ``"float16"`` for smaller weights; inputs and outputs stay float32.
+                ``"int8"`` for integer arithmetic with the codes and scales of θ as they are, batch
+                norm folded into the scales; layers for which that cannot be stay float32, and the
+                report says why.
+            calibration: For int8, data from which the ranges of activations are learnt: a
+                ``LightningDataModule``, whose training batches are taken, or an iterable of
+                batches that begin with the inputs. 1,024 samples are used.
+
+        Returns:
+            The size of the file, and how each compressed parameter is stored.
+
+        Raises:
+            ImportError: If the packages of the extra ``onnx`` are missing.
+            ValueError: If an argument is none of these, or no layer can be computed in int8.
+        """
+        require_onnx()
+        from lightning_condensa.deploy.export.onnx_file import onnx_file
+
+        data, layers = onnx_file(self.module, self.theta, example, precision, calibration)
+        write_atomically(path, data)
+        return OnnxReport(len(data), layers)
+
+    def to_torch_export(self, path: str | Path, example: Any) -> int:
+        """Write forward in evaluation mode, for any batch size, as a ``.pt2`` archive.
+
+        ``torch.export.load(path).module()`` runs it without the code of the module. Weights are
+        dense in it.
+
+        Args:
+            path: Where to; replaced atomically.
+            example: See :meth:`to_onnx`.
+
+        Returns:
+            Its size in bytes.
+
+        Raises:
+            ValueError: If ``example`` is nothing of the kind.
+        """
+        data = program_bytes(trace(self.module, example))
+        write_atomically(path, data)
+        return len(data)
 
     def report(self, gaps: Mapping[str, float] | None = None) -> Report:
         """Per-layer density, bits, bytes and gap, and why other parameters were left alone.
