@@ -8,7 +8,14 @@ from lightning_condensa.callbacks import (
     compress_ladder,
     geometric_densities,
 )
-from lightning_condensa.deploy import CompressedModel, OnnxReport, PackedFileError, load_compressed
+from lightning_condensa.deploy import (
+    CompressedModel,
+    OnnxReport,
+    PackedFileError,
+    SparseModel,
+    compare,
+    load_compressed,
+)
 from lightning_condensa.objectives import (
     FileSize,
     FLOPs,
@@ -64,8 +71,10 @@ __all__ = [
     "Quantize",
     "Range",
     "Scheme",
+    "SparseModel",
     "Throughput",
     "__version__",
+    "compare",
     "compress_ladder",
     "geometric_densities",
     "load_compressed",

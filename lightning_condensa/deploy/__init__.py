@@ -12,20 +12,39 @@ from lightning_condensa.deploy.packed import (
     write_packed,
 )
 from lightning_condensa.deploy.report import LayerRow, Report
+from lightning_condensa.deploy.sparse import (
+    KernelUnavailableError,
+    SparseMismatchError,
+    SparseModel,
+    SparseReport,
+    SparseRow,
+    to_sparse,
+)
+from lightning_condensa.deploy.timing import Comparison, Ratio, Timing, compare
 
 __all__ = [
+    "Comparison",
     "CompressedModel",
+    "KernelUnavailableError",
     "LayerRow",
     "OnnxLayer",
     "OnnxReport",
     "Packed",
     "PackedFileError",
+    "Ratio",
     "Report",
+    "SparseMismatchError",
+    "SparseModel",
+    "SparseReport",
+    "SparseRow",
+    "Timing",
+    "compare",
     "inspect_packed",
     "load_compressed",
     "load_theta",
     "pack",
     "read_packed",
+    "to_sparse",
     "unpack",
     "write_packed",
 ]

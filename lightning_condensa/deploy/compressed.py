@@ -16,6 +16,7 @@ from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.export import OnnxReport, program_bytes, require_onnx, trace
 from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_packed
 from lightning_condensa.deploy.report import Report
+from lightning_condensa.deploy.sparse import SparseModel, to_sparse
 from lightning_condensa.functional.placement import whole
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
 from lightning_condensa.schemes import Encoding, Scheme
@@ -181,6 +182,25 @@ class CompressedModel:
         data = program_bytes(trace(self.module, example))
         write_atomically(path, data)
         return len(data)
+
+    def to_sparse(self, example: Any, threads: int | None = None) -> SparseModel:
+        """A model for inference on the CPU that skips zero weights wherever that is faster.
+
+        Each Conv2d and Linear layer is measured; see
+        :func:`lightning_condensa.deploy.sparse.to_sparse`.
+
+        Args:
+            example: An input batch, or a tuple of positional inputs.
+            threads: CPU threads to measure with; as many as torch uses where ``None``.
+
+        Returns:
+            A new module; ``.report`` says what each layer uses.
+
+        Raises:
+            ValueError: If ``threads`` is not positive.
+            SparseMismatchError: If outputs differ by more than rounding.
+        """
+        return to_sparse(self.module, example, threads)
 
     def report(self, gaps: Mapping[str, float] | None = None) -> Report:
         """Per-layer density, bits, bytes and gap, and why other parameters were left alone.

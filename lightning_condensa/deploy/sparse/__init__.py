@@ -1,0 +1,15 @@
+"""Run a model on its non-zero weights, layer by layer in the way that is fastest here."""
+
+from lightning_condensa.deploy.sparse.choice import SparseMismatchError, SparseRow
+from lightning_condensa.deploy.sparse.compiler import KernelUnavailableError
+from lightning_condensa.deploy.sparse.model import SparseModel, to_sparse
+from lightning_condensa.deploy.sparse.report import SparseReport
+
+__all__ = [
+    "KernelUnavailableError",
+    "SparseMismatchError",
+    "SparseModel",
+    "SparseReport",
+    "SparseRow",
+    "to_sparse",
+]
