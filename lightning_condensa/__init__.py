@@ -15,6 +15,7 @@ from lightning_condensa.deploy import (
     SparseModel,
     compare,
     load_compressed,
+    profile,
 )
 from lightning_condensa.objectives import (
     FileSize,
@@ -78,4 +79,5 @@ __all__ = [
     "compress_ladder",
     "geometric_densities",
     "load_compressed",
+    "profile",
 ]

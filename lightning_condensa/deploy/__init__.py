@@ -11,6 +11,7 @@ from lightning_condensa.deploy.packed import (
     unpack,
     write_packed,
 )
+from lightning_condensa.deploy.profile import Profile, ProfileRow, profile
 from lightning_condensa.deploy.report import LayerRow, Report
 from lightning_condensa.deploy.sparse import (
     KernelUnavailableError,
@@ -31,6 +32,8 @@ __all__ = [
     "OnnxReport",
     "Packed",
     "PackedFileError",
+    "Profile",
+    "ProfileRow",
     "Ratio",
     "Report",
     "SparseMismatchError",
@@ -43,6 +46,7 @@ __all__ = [
     "load_compressed",
     "load_theta",
     "pack",
+    "profile",
     "read_packed",
     "to_sparse",
     "unpack",
