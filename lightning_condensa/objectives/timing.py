@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from lightning_condensa.deploy import CompressedModel
+from lightning_condensa.deploy.engines import Engine, prepare
+from lightning_condensa.deploy.threads import check_threads
 from lightning_condensa.objectives.base import Objective, example_of
 
 
 class Latency(Objective):
-    """Median seconds of one eager forward pass of the module as it is.
+    """Median seconds of one forward pass.
 
     A dense engine gains nothing from unstructured zeros: this measures what the user would get,
     not what a count promises.
@@ -25,6 +27,9 @@ class Latency(Objective):
         threads: CPU threads; all that torch uses where ``None``.
         min_seconds: Measuring time after the warm-up.
         device: Where to run; the module's own device where ``None``.
+        engine: What runs the module: ``"eager"`` PyTorch; ``"compile"``, `torch.compile`;
+            ``"onnxruntime"`` (``pip install 'lightning-condensa[onnx]'``); ``"sparse"``, which
+            skips zero weights where that is faster (:meth:`CompressedModel.to_sparse`).
     """
 
     unit: ClassVar[str] = "s"
@@ -36,46 +41,37 @@ class Latency(Objective):
         threads: int | None = None,
         min_seconds: float = 0.5,
         device: str | torch.device | None = None,
+        engine: Engine = "eager",
     ) -> None:
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"threads must be an int >= 1, got {threads!r}")
+        check_threads(threads)
         if not min_seconds > 0:
             raise ValueError(f"min_seconds must be positive, got {min_seconds!r}")
+        if engine not in get_args(Engine):
+            raise ValueError(f"engine must be one of {get_args(Engine)}, got {engine!r}")
         self.example = example
         self.threads = threads
         self.min_seconds = min_seconds
         self.device = device
+        self.engine = engine
 
     def __call__(self, compressed: CompressedModel) -> float:
         """Median seconds per forward pass."""
         return float(self.details(compressed)["median"])
 
     def details(self, compressed: CompressedModel) -> dict[str, Any]:
-        """Median and spread in seconds, with threads, batch size, device and number of runs."""
+        """Median and spread in seconds, with engine, threads, batch size, device and runs."""
         module = compressed.module
         device = torch.device(self.device or next(module.parameters()).device)
-        home = next(module.parameters()).device
-        modes = [(m, m.training) for m in module.modules()]
         inputs = tuple(
             i.to(device) if isinstance(i, Tensor) else i
             for i in example_of(module, self.example, self.name)
         )
         threads = self.threads or torch.get_num_threads()
-        try:
-            module.to(device).eval()
-            with torch.inference_mode():
-                # Timer synchronizes CUDA itself; the first block is the warm-up.
-                timer = Timer(
-                    "module(*inputs)",
-                    globals={"module": module, "inputs": inputs},
-                    num_threads=threads,
-                )
-                timer.blocked_autorange(min_run_time=self.min_seconds / 5)
-                measured = timer.blocked_autorange(min_run_time=self.min_seconds)
-        finally:
-            module.to(home)
-            for part, training in modes:  # a frozen part keeps its own mode
-                part.training = training
+        run = prepare(module, inputs, self.engine, threads, device)
+        # Timer synchronizes CUDA itself; the first block is the warm-up.
+        timer = Timer("run()", globals={"run": run}, num_threads=threads)
+        timer.blocked_autorange(min_run_time=self.min_seconds / 5)
+        measured = timer.blocked_autorange(min_run_time=self.min_seconds)
         times = measured.times
         return {
             "value": measured.median,
@@ -84,6 +80,7 @@ class Latency(Objective):
             "minimum": min(times),
             "mean": statistics.fmean(times),
             "runs": len(times) * measured.number_per_run,
+            "engine": self.engine,
             "threads": threads,
             "batch": next((len(i) for i in inputs if isinstance(i, Tensor) and i.dim()), 1),
             "device": str(device),
