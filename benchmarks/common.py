@@ -30,6 +30,7 @@ PACKAGES = (
     "optuna",
     "numpy",
     "condensa",
+    "onnxruntime",
 )
 
 

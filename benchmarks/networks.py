@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,6 +38,30 @@ def vgg(width: int = 24) -> nn.Module:
         channels = out * width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)]
     return Autocast(nn.Sequential(*layers))
+
+
+VGG19 = (64, 64, 0, 128, 128, 0, *4 * (256,), 0, *4 * (512,), 0, *4 * (512,), 0)
+
+
+def vgg19_bn() -> nn.Sequential:
+    """Simonyan and Zisserman's 19 layers for 32 x 32 pixels, with one linear layer; 20 million."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for out in VGG19:  # 0 is a pooling
+        layers += _convolution(channels, out, 1) if out else [nn.MaxPool2d(2)]
+        channels = out or channels
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, CLASSES))
+
+
+def perceptron(width: int = 1024) -> nn.Sequential:
+    """Three hidden layers for 32 x 32 pixels; 5.3 million parameters."""
+    sizes = (3 * 32 * 32, width, width, width)
+    hidden = [
+        layer
+        for features, out in pairwise(sizes)
+        for layer in (nn.Linear(features, out), nn.ReLU())
+    ]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, CLASSES))
 
 
 def resnet8(width: int = 24) -> nn.Module:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import read_results
+from render_deploy import sparse_execution
 from render_overhead import lc_overhead
 from render_quality import lc_quality, lc_quality_tasks, lc_study
 from render_schemes import char_lstm, lenet300, quantizers, structured
@@ -96,6 +97,7 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "char-lstm": char_lstm,
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
+    "sparse-execution": sparse_execution,
 }
 
 
