@@ -20,7 +20,7 @@ from lightning_condensa.deploy.flops import FlopCount, count_flops
 from lightning_condensa.deploy.sparse import SparseModel
 from lightning_condensa.deploy.threads import check_threads, torch_threads
 from lightning_condensa.deploy.timing import Timing, compare, finish
-from lightning_condensa.schemes import Encoded
+from lightning_condensa.schemes import Encoding
 
 _LEAST_RUNS = 5
 
@@ -145,7 +145,8 @@ def profile(
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     inputs = example if isinstance(example, tuple) else (example,)
     inputs = tuple(i.to(device) if isinstance(i, Tensor) else i for i in inputs)
-    flops = count_flops(module, inputs)
+    parts = {n: e.density for n, e in theta.items() if len(e.leaves) > 1}
+    flops = count_flops(module, inputs, parts)
     runner = deepcopy(module).eval()
     with torch_threads(threads) as used, torch.inference_mode():
         measured = compare({"": lambda: runner(*inputs)}, min_seconds=min_seconds / 2)
@@ -162,7 +163,7 @@ def profile(
 def _row(
     name: str,
     module: nn.Module,
-    theta: Mapping[str, Encoded],
+    theta: Mapping[str, Encoding],
     flops: FlopCount,
     seconds: list[float],
 ) -> ProfileRow:
