@@ -18,7 +18,7 @@ import copy
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from lightning_condensa.deploy import CompressedModel, load_compressed
 from lightning_condensa.deploy.packed import pack
 from lightning_condensa.schemes import Compose, Encoding, NotFiniteError, Prune, Scheme
 from lightning_condensa.schemes.bound import PRUNE
+from lightning_condensa.schemes.coupling import Coupling
 from lightning_condensa.schemes.prune import DensityPrune
+from lightning_condensa.schemes.slices import LinkedPrune
 
 _Law = Callable[[Scheme, nn.Module], None]
 
@@ -47,6 +49,25 @@ class _GroupedQuery(nn.Module):
         super().__init__()
         self.q_proj, self.o_proj = nn.Linear(8, 16), nn.Linear(16, 8)
         self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class _Residual(nn.Module):
+    """Layers with what follows from them: norms, a sum, a depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.path = nn.Sequential(
+            *(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),
+        )
+        self.head = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+        self.example_input_array = torch.zeros(2, 3, 6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y: Tensor = self.head((x + self.path(x)).relu().mean((2, 3)))
+        return y
 
 
 #: Layers that models are made of, small; a scheme is tried on those that it selects.
@@ -64,6 +85,9 @@ LAYERS: Mapping[str, Callable[[], nn.Module]] = {
     "grouped-query attention": _GroupedQuery,
     "two layers": lambda: nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)),
 }
+
+#: Networks with example inputs, for schemes that follow channels through a forward pass.
+NETWORKS: Mapping[str, Callable[[], nn.Module]] = {"residual": _Residual}
 
 
 def check_scheme(
@@ -202,21 +226,48 @@ def _check_refused(scheme: Scheme, module: nn.Module) -> None:
 
 
 def _exact_density(scheme: Scheme, module: nn.Module) -> None:
-    stage = scheme.stages[0]
-    if not isinstance(stage, DensityPrune) or getattr(stage, "align", 1) != 1:
+    stage, targets = scheme.bind(module).stages[0]
+    if getattr(scheme.stages[0], "align", 1) != 1:
         return
-    targets = stage.select(module)
-    theta = _pi(stage, module)
-    for pool in stage.pools(targets):
-        sizes = [stage.score(t, torch.empty(t.shape, device="meta")).numel() for t in pool.targets]
+    theta = _pi(scheme.stages[0], module)
+    if isinstance(stage, LinkedPrune) and stage.couplings is not None:
+        _exact_groups(stage, stage.couplings, theta)
+        return
+    pruning = stage.scheme if isinstance(stage, LinkedPrune) else stage
+    if not isinstance(pruning, DensityPrune):
+        return
+    for pool in pruning.pools(targets):
+        sizes = [
+            pruning.score(t, torch.empty(t.shape, device="meta")).numel() for t in pool.members
+        ]
         kept = 0
-        for target in pool.targets:
+        for target in pool.members:
             mask = theta[target.name].mask
             assert mask is not None, f"{target.name} was pruned but has no mask"
-            score = stage.score(target, mask.to(torch.float32))
+            score = pruning.score(target, mask.to(torch.float32))
             kept += int(score.count_nonzero())
         wanted = round(pool.density * sum(sizes))
         assert kept == wanted, f"{kept} of {sum(sizes)} groups are kept, {wanted} were asked for"
+
+
+def _exact_groups(
+    stage: LinkedPrune, couplings: Sequence[Coupling], theta: Mapping[str, Encoding]
+) -> None:
+    for pool in stage.scheme.pools(couplings):
+        kept, total = 0, 0
+        for coupling in pool.members:
+            verdicts = []
+            for target, units in zip(coupling.targets, coupling.units, strict=True):
+                mask = theta[target.name].mask
+                assert mask is not None, f"{target.name} was pruned but has no mask"
+                rows, _ = stage.scheme.grouping(target).split(mask)
+                verdicts.append(rows.any(1)[units])
+            joined = torch.cat(verdicts, dim=1)
+            assert bool((joined == joined[:, :1]).all()), f"a group of {coupling.name} is cut"
+            kept += int(joined[:, 0].sum())
+            total += coupling.groups
+        wanted = round(pool.density * total)
+        assert kept == wanted, f"{kept} of {total} groups are kept, {wanted} were asked for"
 
 
 def _counts_its_bits(scheme: Scheme, module: nn.Module) -> None:
@@ -292,6 +343,10 @@ class _Learner(pl.LightningModule):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.example_input_array = getattr(module, "example_input_array", None)
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         pulls = [(p - batch[0][0, 0]).square().mean() for p in self.module.parameters()]

@@ -26,7 +26,7 @@ from lightning_condensa import (
 )
 from lightning_condensa.schemes import Encoded, Target
 from lightning_condensa.schemes.bound import PRUNE
-from lightning_condensa.testing import LAWS, check_scheme
+from lightning_condensa.testing import LAWS, LAYERS, NETWORKS, check_scheme
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ SCHEMES: dict[str, Scheme] = {
     "neuron": NeuronPrune(0.5),
     "neuron, aligned": NeuronPrune(0.5, align=4, criterion="l1"),
     "filter": FilterPrune(0.5, criterion="max"),
+    "neuron, coupled": NeuronPrune(0.5, coupled=True),
+    "filter, coupled": FilterPrune(0.5, coupled=True),
+    "filter without norms": FilterPrune(0.5, prune_norm=False),
     "block": BlockPrune(0.4, (4, 4)),
     "ragged block": BlockPrune(0.4, (5, 7)),
     "head": HeadPrune(0.5, criterion="l1"),
@@ -86,7 +89,8 @@ SCHEMES: dict[str, Scheme] = {
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_keeps_every_law(name: str, law: str) -> None:
-    assert check_scheme(SCHEMES[name], law) > 0
+    layers = NETWORKS if "coupled" in name else LAYERS
+    assert check_scheme(SCHEMES[name], law, layers) > 0
 
 
 @pytest.mark.parametrize("law", [law for law in LAWS if law != "configures"])
@@ -131,8 +135,8 @@ class Shifts(Clip):
 
 @dataclass(frozen=True)
 class OneMore(Prune):
-    def _keep(self, pool: Any, scores: list[Tensor]) -> list[Tensor]:
-        masks = super()._keep(pool, scores)
+    def chosen(self, pool: Any, scores: list[Tensor]) -> list[Tensor]:
+        masks = super().chosen(pool, scores)
         masks[0].view(-1)[masks[0].view(-1).logical_not().nonzero()[0]] = True
         return masks
 

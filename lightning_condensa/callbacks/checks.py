@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_condensa.lc import Plan
-from lightning_condensa.schemes import Scheme
+from lightning_condensa.schemes import BoundScheme, Scheme
 
 
 def as_scheme(scheme: Scheme | Mapping[str, Any]) -> Scheme:
@@ -113,11 +113,11 @@ def check_plan(plan: Plan, scheme: Scheme, averaged: bool) -> None:
 
 
 def check_unchanged(
-    module: pl.LightningModule, scheme: Scheme, parameters: Mapping[str, Tensor]
+    module: pl.LightningModule, bound: BoundScheme, parameters: Mapping[str, Tensor]
 ) -> None:
     """Raise ``ValueError`` if the scheme selects others than the given parameters by now."""
     named = dict(module.named_parameters())
-    names = {*parameters, *scheme.bind(module).names}
+    names = {*parameters, *(bound.scheme.selected(module) - bound.selected)}
     if changed := sorted(n for n in names if parameters.get(n) is not named.get(n)):
         raise ValueError(
             f"{changed} of {type(module).__name__} were replaced or added while fit was running: "

@@ -240,7 +240,7 @@ class CondensaCallback(Callback):
             reshard(pl_module)
         c_step = self._run.after_step(trainer.optimizers)
         if c_step is not None:
-            check_unchanged(pl_module, self.scheme, self._parameters)
+            check_unchanged(pl_module, self._run.bound, self._parameters)
             log_c_step(trainer, c_step, self._run.plan)
             show_progress(pl_module, c_step)
 
@@ -255,7 +255,7 @@ class CondensaCallback(Callback):
                 f"which was to last {run.plan.l_end}: θ is the projection as it stands"
             )
         reshard(pl_module)
-        check_unchanged(pl_module, self.scheme, self._parameters)
+        check_unchanged(pl_module, run.bound, self._parameters)
         theta = run.finish(averaged=is_averaged(trainer))
         gaps = run.gaps or run.relative_gaps(theta)
         metrics = {}
@@ -283,7 +283,7 @@ class CondensaCallback(Callback):
         if self._run is not None and trainer.state.fn == TrainerFn.FITTING:
             assert self._deployment is not None
             reshard(pl_module)
-            check_unchanged(pl_module, self.scheme, self._parameters)
+            check_unchanged(pl_module, self._run.bound, self._parameters)
             self._deployment.begin(trainer, self._run)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_condensa.callbacks.sharded import gathered, placed_like
 from lightning_condensa.functional.placement import reshard
 from lightning_condensa.lc import Support
-from lightning_condensa.schemes.selection import WEIGHT_TYPES, select
+from lightning_condensa.schemes.selection import WEIGHT_TYPES, is_norm, select
 
 
 class MaskedFineTune(Callback):
@@ -22,7 +22,8 @@ class MaskedFineTune(Callback):
     ``configure_optimizers`` return the schedule of the original training.
 
     Args:
-        biases: Whether zeros in the biases of the same layers are kept, too.
+        biases: Whether zeros in the biases of the same layers are kept, too, and the channels of
+            norm layers of which both γ and β are zero.
 
     Example:
         >>> from lightning_condensa import MaskedFineTune
@@ -53,6 +54,8 @@ class MaskedFineTune(Callback):
         named = dict(pl_module.named_parameters())
         if self._masks is None:
             support = Support.nonzero({n: named[n] for n in names})
+            if self.biases:
+                support.masks.update(_removed_channels(pl_module))
         else:
             masks = placed_like(self._masks, named)
             support = Support({n: m.to(named[n].device) for n, m in masks.items()})
@@ -91,3 +94,15 @@ class MaskedFineTune(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the masks of the interrupted run: a weight may have become zero by chance."""
         self._masks = state_dict.get("masks")
+
+
+def _removed_channels(module: nn.Module) -> dict[str, Tensor]:
+    """What to keep of γ and β, by name, where some channels have neither."""
+    masks: dict[str, Tensor] = {}
+    for name, layer in module.named_modules():
+        weight, bias = (getattr(layer, key, None) for key in ("weight", "bias"))
+        if is_norm(layer) and weight is not None and bias is not None:
+            kept = (weight.detach() != 0) | (bias.detach() != 0)
+            if not bool(kept.all()):
+                masks |= {f"{name}.{key}".lstrip("."): kept for key in ("weight", "bias")}
+    return masks

@@ -11,8 +11,10 @@ from lightning_condensa.deploy.packed import (
     unpack,
     write_packed,
 )
+from lightning_condensa.deploy.plan import Plan, apply_plan, plan_from_json, plan_to_json
 from lightning_condensa.deploy.profile import Profile, ProfileRow, profile
 from lightning_condensa.deploy.report import LayerRow, Report
+from lightning_condensa.deploy.shrink import shrink
 from lightning_condensa.deploy.sparse import (
     KernelUnavailableError,
     SparseMismatchError,
@@ -42,6 +44,8 @@ __all__ = [
     "SparseRow",
     "Timing",
     "compare",
+    "Plan",
+    "apply_plan",
     "inspect_packed",
     "load_compressed",
     "load_theta",
@@ -49,6 +53,9 @@ __all__ = [
     "profile",
     "read_packed",
     "to_sparse",
+    "plan_from_json",
+    "plan_to_json",
+    "shrink",
     "unpack",
     "write_packed",
 ]

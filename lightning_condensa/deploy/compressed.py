@@ -15,13 +15,19 @@ from lightning_condensa.deploy.densities import kept_by_pool
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.export import OnnxReport, program_bytes, require_onnx, trace
 from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_packed
+from lightning_condensa.deploy.plan import Plan, apply_plan, plan_from_text, plan_to_text
 from lightning_condensa.deploy.report import Report
+from lightning_condensa.deploy.shrink import shrink, shrink_theta
 from lightning_condensa.deploy.sparse import SparseModel, to_sparse
 from lightning_condensa.functional.placement import whole
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
+from lightning_condensa.graph import ChannelGraph
 from lightning_condensa.schemes import Encoding, Scheme
 
 M = TypeVar("M", bound=nn.Module)
+
+#: Key of the shrink plan in a file's metadata.
+_PLAN = "shrink_plan"
 
 
 class CompressedModel:
@@ -34,21 +40,38 @@ class CompressedModel:
         module: The module; its compressed parameters already hold the decoded values.
         theta: θ by parameter name.
         scheme: The scheme that made θ.
+        plan: What :meth:`shrink` kept, where it has made the module smaller than its class makes
+            it: parameter → dimension → kept indices.
 
     Attributes:
         module: The module.
         theta: θ by parameter name.
         scheme: The scheme.
+        plan: The shrink plan; empty where the module has its full size.
     """
 
-    def __init__(self, module: nn.Module, theta: Mapping[str, Encoding], scheme: Scheme) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        theta: Mapping[str, Encoding],
+        scheme: Scheme,
+        plan: Plan | None = None,
+    ) -> None:
         self.module = module
         self.theta = dict(theta)
         self.scheme = scheme
+        self.plan = plan or {}
 
     @classmethod
-    def compress(cls, module: nn.Module, scheme: Scheme) -> CompressedModel:
+    def compress(
+        cls, module: nn.Module, scheme: Scheme, graph: ChannelGraph | None = None
+    ) -> CompressedModel:
         """Project a copy of ``module`` onto the scheme, without any training.
+
+        Args:
+            module: The module; left as it is.
+            scheme: What to compress, and how.
+            graph: What :meth:`Scheme.trace` found in it, where that is known.
 
         Example:
             >>> from lightning_condensa import CompressedModel, Prune
@@ -57,7 +80,7 @@ class CompressedModel:
             20
         """
         copy = deepcopy(module)
-        theta = scheme.bind(copy).pi(dict(copy.named_parameters()))
+        theta = scheme.bind(copy, graph).pi(dict(copy.named_parameters()))
         load_theta(copy, theta)
         return cls(copy, theta, scheme)
 
@@ -98,7 +121,10 @@ class CompressedModel:
             if name not in self.theta:
                 rest[_eager(name)] = whole(value.detach()).cpu()
         encoded = {_eager(n): e.whole().to(torch.device("cpu")) for n, e in self.theta.items()}
-        return Packed(encoded, rest, aliases, {"scheme": self._scheme_text()})
+        metadata = {"scheme": self._scheme_text()}
+        if self.plan:
+            metadata[_PLAN] = plan_to_text({_eager(n): cuts for n, cuts in self.plan.items()})
+        return Packed(encoded, rest, aliases, metadata)
 
     def _scheme_text(self) -> str:
         """The scheme for readers of the file; nothing is built from it on load."""
@@ -205,11 +231,53 @@ class CompressedModel:
     def report(self, gaps: Mapping[str, float] | None = None) -> Report:
         """Per-layer density, bits, bytes and gap, and why other parameters were left alone.
 
-        Beside it what was asked of pruned parameters, and warnings where a layer is nearly removed.
+        Beside it what was asked of pruned parameters, and warnings where a layer is nearly removed;
+        not of a model that :meth:`shrink` made smaller, in which what is left is all there is.
         """
-        named = [s for s in self.scheme.skipped(self.module) if s.name not in self.theta]
-        pools = kept_by_pool(self.scheme.bind(self.module), self.theta)
-        return Report.of(self.theta, named, gaps or {}, pools)
+        limits = self.scheme.held(self.module)
+        found = [*self.scheme.skipped(self.module), *limits]
+        named = [s for s in found if s.name not in self.theta]
+        held: dict[str, str] = {}
+        for each in limits:
+            held[each.name] = "; ".join(filter(None, [held.get(each.name), each.reason]))
+        pools = () if self.plan else kept_by_pool(self.scheme.bind(self.module), self.theta)
+        return Report.of(self.theta, named, gaps or {}, pools, held)
+
+    def shrink(self, example: Any = None) -> CompressedModel:
+        """A physically smaller model with the same outputs: see :func:`shrink`.
+
+        It can be trained on, measured and saved; :func:`load_compressed` makes a module of the full
+        size as small again.
+
+        Args:
+            example: An input in Lightning's ``example_input_array`` convention; that of the module
+                where ``None``.
+
+        Returns:
+            A model of its own, with the plan by which it was cut.
+
+        Raises:
+            ValueError: If there is no example, the module cannot be traced on it, or it is smaller
+                than its class makes it already.
+
+        Example:
+            >>> from lightning_condensa import CompressedModel, NeuronPrune
+            >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            >>> net.example_input_array = torch.zeros(1, 4)
+            >>> smaller = CompressedModel.compress(net, NeuronPrune(0.25, coupled=True)).shrink()
+            >>> smaller.module[0], len(smaller.plan["2.weight"][1])
+            (Linear(in_features=4, out_features=2, bias=True), 2)
+        """
+        if self.plan:
+            raise ValueError("the model was made smaller before: shrink the one it was made from")
+        example = getattr(self.module, "example_input_array", None) if example is None else example
+        if example is None:
+            raise ValueError(
+                "shrink must run the model: pass example=, an input batch, or set "
+                f"{type(self.module).__name__}.example_input_array"
+            )
+        module, plan = shrink(self.module, example)
+        return CompressedModel(module, shrink_theta(self.theta, plan), self.scheme, plan)
 
     def __repr__(self) -> str:
         return f"CompressedModel({type(self.module).__name__}, {self.scheme.describe()})"
@@ -217,6 +285,9 @@ class CompressedModel:
 
 def load_compressed(path: str | Path, module: M) -> M:
     """Load a packed file into a module of the class it was made from; outputs are the same.
+
+    Where the file holds a model that :meth:`CompressedModel.shrink` made smaller, the module is
+    made as small.
 
     Args:
         path: A file that :meth:`CompressedModel.save` wrote.
@@ -229,7 +300,10 @@ def load_compressed(path: str | Path, module: M) -> M:
     Raises:
         PackedFileError: If the file is damaged, or belongs to another module.
     """
-    state = _state_dict(read_packed(path))
+    packed = read_packed(path)
+    state = _state_dict(packed)
+    if _PLAN in packed.metadata:
+        _cut(module, plan_from_text(packed.metadata[_PLAN]), state, path)
     names = {_eager(name): name for name in module.state_dict()}
     own = {_eager(name): tensor for name, tensor in module.state_dict().items()}
     missing = sorted(set(own) - set(state))
@@ -247,6 +321,20 @@ def load_compressed(path: str | Path, module: M) -> M:
         )
     module.load_state_dict({names[name]: value for name, value in state.items()})
     return module
+
+
+def _cut(module: nn.Module, plan: Plan, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Make a module of the full size as small as one in a file; leave one that is so already."""
+    own = {_eager(name): tensor for name, tensor in module.state_dict().items()}
+    if all(name in own and name in state and own[name].shape == state[name].shape for name in plan):
+        return
+    names = {_eager(name): name for name in own}
+    try:
+        apply_plan(module, {names[name]: cuts for name, cuts in plan.items()})
+    except (KeyError, ValueError) as error:
+        raise PackedFileError(
+            f"{path} belongs to another module than {type(module).__name__}: {error}"
+        ) from error
 
 
 def _eager(name: str) -> str:

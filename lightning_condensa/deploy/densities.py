@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightning_condensa.schemes import BoundScheme, Encoding
 from lightning_condensa.schemes.prune import DensityPrune
+from lightning_condensa.schemes.slices import LinkedPrune
 
 #: A layer that keeps less than this share of what was asked of all is nearly removed.
 _COLLAPSED = 0.1
@@ -110,9 +111,10 @@ def kept_by_pool(bound: BoundScheme, theta: Mapping[str, Encoding]) -> tuple[Poo
     leaves = {name: leaf for name, e in theta.items() for leaf in e.leaves}  # one of what is pruned
     rows = []
     for stage, targets in bound.stages:
-        if isinstance(stage, DensityPrune):
+        if isinstance(stage, DensityPrune | LinkedPrune):
+            scheme = stage.scheme if isinstance(stage, LinkedPrune) else stage
             for pool in stage.pools(targets):
-                layers = tuple(Kept(t.name, *stage.left(leaves, t)) for t in pool.targets)
-                name = type(stage).__name__
-                rows.append(PoolRow(name, pool.density, layers, stage.min_per_layer))
+                layers = tuple(Kept(m.name, *stage.left(leaves, m)) for m in pool.members)
+                name = type(scheme).__name__
+                rows.append(PoolRow(name, pool.density, layers, scheme.min_per_layer))
     return tuple(rows)

@@ -27,7 +27,8 @@ class LayerRow:
         bits: Bits of one stored value; of the widest where factors and terms differ.
         value_bytes: Bytes of the surviving values and their scales (the paper's count).
         gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖ at the end of the L-C phase; NaN where there was none.
-        note: What is the matter with it, if something is.
+        note: What is the matter with it, if something is: next to nothing is left, or units
+            could not be removed.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Report:
         skipped: Iterator[Skipped] | list[Skipped],
         gaps: Mapping[str, float],
         pools: tuple[PoolRow, ...] = (),
+        held: Mapping[str, str] | None = None,
     ) -> Report:
         """Count from the tensors that ship."""
         collapsed = {c.name: f"{c.kept} of {c.total} left" for p in pools for c in p.collapsed}
@@ -73,7 +75,7 @@ class Report:
                 bits=e.value_bits,
                 value_bytes=e.storage_bits / 8,
                 gap=gaps.get(name, math.nan),
-                note=collapsed.get(name, ""),
+                note="; ".join(filter(None, [collapsed.get(name), (held or {}).get(name)])),
             )
             for name, e in theta.items()
         )

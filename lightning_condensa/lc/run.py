@@ -216,7 +216,10 @@ class LCRun:
         if not self.bound.prunes:
             return 0.0
         theta = self.bound.pi(self.parameters)
-        pruned = [n for n, e in theta.items() if e.mask is not None]
+        # Biases, and β of norms, are often zero before any training.
+        pruned = [
+            n for n in self.bound.pruned if theta[n].mask is not None and len(theta[n].shape) > 1
+        ]
         total = sum(theta[n].numel for n in pruned)
         zeros = total - sum(count_nonzero([self.parameters[n].detach() for n in pruned]))
         kept = _nonzeros({n: theta[n].leaves for n in pruned})

@@ -14,8 +14,9 @@ from lightning_condensa.schemes.lowrank import LowRank
 from lightning_condensa.schemes.prune import Prune
 from lightning_condensa.schemes.quantize import Quantize
 from lightning_condensa.schemes.selection import SelectionError, Skipped, Target
+from lightning_condensa.schemes.slices import FilterPrune, NeuronPrune
 from lightning_condensa.schemes.space import Choice, Range
-from lightning_condensa.schemes.structured import BlockPrune, FilterPrune, NeuronPrune, NMPrune
+from lightning_condensa.schemes.structured import BlockPrune, NMPrune
 
 __all__ = [
     "Add",

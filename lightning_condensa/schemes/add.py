@@ -105,6 +105,11 @@ class Add(Scheme):
             check_stages([(stage, targets) for stage in scheme.stages])
             for stage in scheme.stages:
                 stage.check(targets)
+                if getattr(stage, "coupled", False):
+                    raise ValueError(
+                        f"{type(stage).__name__} in Add cannot take out what another term keeps: "
+                        "give it coupled=False"
+                    )
                 if others := sorted(set(stage.names(targets)) - names):
                     raise ValueError(
                         f"{type(stage).__name__} in Add would also prune {', '.join(others)}, "

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_condensa.functional.placement import where
+from lightning_condensa.graph import ChannelGraph
 from lightning_condensa.schemes.bound import PROJECT, PRUNE, QUANTIZE, BoundScheme
 from lightning_condensa.schemes.config import changed_fields, decode, encode
 from lightning_condensa.schemes.encoded import Encoded
@@ -111,6 +112,25 @@ class Scheme:
     def check(self, targets: Sequence[Target]) -> None:
         """Raise ``ValueError`` where the scheme cannot compress a selected tensor."""
 
+    def trace(self, module: nn.Module) -> ChannelGraph:
+        """The channels of a module, for :meth:`bind`; empty where the scheme has no use for them.
+
+        Tracing takes the longer part of a second: to bind several schemes that differ in numbers
+        only, trace once.
+        """
+        return ChannelGraph()
+
+    def resolve(
+        self, targets: tuple[Target, ...], graph: ChannelGraph
+    ) -> tuple[Scheme, tuple[Target, ...]]:
+        """The stage to use on a module, and its targets.
+
+        Args:
+            targets: What the scheme selects of the module.
+            graph: What :meth:`trace` found.
+        """
+        return self, targets
+
     def structure(self, targets: Sequence[Target]) -> object:
         """What the scheme makes of its targets, comparable: equal for schemes that do the same."""
         return self
@@ -197,8 +217,20 @@ class Scheme:
         """The parameters of ``module`` that the scheme leaves alone, and why."""
         return skipped(module, self.layer_types, self.include, self.exclude)
 
-    def bind(self, module: nn.Module) -> BoundScheme:
+    def held(self, module: nn.Module) -> list[Skipped]:
+        """Selected weights that the scheme cannot treat in full, and why."""
+        return []
+
+    def selected(self, module: nn.Module) -> set[str]:
+        """The parameters that the stages select, as far as is known without a trace."""
+        return {name for stage in self.stages for name in stage.names(stage.select(module))}
+
+    def bind(self, module: nn.Module, graph: ChannelGraph | None = None) -> BoundScheme:
         """Resolve the scheme against a module, checking everything that can be checked.
+
+        Args:
+            module: The module.
+            graph: What :meth:`trace` found in it, where that is known.
 
         Raises:
             SelectionError: If a stage selects nothing.
@@ -210,14 +242,16 @@ class Scheme:
                 f"the scheme still has open dimensions {sorted(self.space())}: "
                 "give values with scheme.at(...), or search them with CondensaSearch"
             )
+        graph = self.trace(module) if graph is None else graph
         stages = []
-        for stage in self.stages:
-            targets = tuple(stage.select(module))
+        for scheme in self.stages:
+            stage, targets = scheme.resolve(tuple(scheme.select(module)), graph)
             stage.check(targets)
             stages.append((stage, targets))
         order = [name for name, _ in module.named_parameters()]
         used = {name for stage, targets in stages for name in stage.names(targets)}
-        return BoundScheme(self, tuple(stages), tuple(n for n in order if n in used))
+        names = tuple(name for name in order if name in used)
+        return BoundScheme(self, tuple(stages), names, frozenset(self.selected(module)))
 
     def space(self) -> dict[str, Dimension]:
         """The open search dimensions by name, in a fixed order."""

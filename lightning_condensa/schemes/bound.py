@@ -28,11 +28,14 @@ class BoundScheme:
         scheme: The scheme.
         stages: Each stage with its targets, first applied first.
         names: Every parameter that some stage changes, in the module's order.
+        selected: What :meth:`Scheme.selected` said when the scheme was bound: some of it may be
+            left alone, and what goes with it is not in it.
     """
 
     scheme: Scheme
     stages: tuple[tuple[Scheme, tuple[Target, ...]], ...]
     names: tuple[str, ...]
+    selected: frozenset[str] = frozenset()
 
     @property
     def prunes(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_condensa.graph import ChannelGraph
 from lightning_condensa.schemes.base import Scheme
 from lightning_condensa.schemes.bound import QUANTIZE, BoundScheme
 from lightning_condensa.schemes.members import require_schemes, schemes_at, space_of
@@ -58,15 +59,24 @@ class Compose(Scheme):
         """The schemes."""
         return tuple(self.schemes)
 
-    def bind(self, module: nn.Module) -> BoundScheme:
+    def trace(self, module: nn.Module) -> ChannelGraph:
+        """The channels of a module, where a stage has a use for them."""
+        graphs = (stage.trace(module) for stage in self.stages)
+        return next((graph for graph in graphs if graph.definitions), ChannelGraph())
+
+    def bind(self, module: nn.Module, graph: ChannelGraph | None = None) -> BoundScheme:
         """Resolve every stage against a module.
+
+        Args:
+            module: The module.
+            graph: What :meth:`trace` found in it, where that is known.
 
         Raises:
             ValueError: As for a single scheme, if two stages quantize the same weight, or if one
                 splits a weight that another does not only round.
         """
         try:
-            bound = super().bind(module)
+            bound = super().bind(module, graph)
         except ValueError as error:
             raise self._with_stage(error, module) from error
         check_stages(bound.stages)
@@ -98,6 +108,10 @@ class Compose(Scheme):
                 reasons.setdefault(skip.name, []).append(skip.reason)
         everywhere = {n: r for n, r in reasons.items() if len(r) == len(self.stages)}
         return [Skipped(n, "; ".join(dict.fromkeys(r))) for n, r in everywhere.items()]
+
+    def held(self, module: nn.Module) -> list[Skipped]:
+        """Selected weights that a stage cannot treat in full, and why."""
+        return [held for stage in self.stages for held in stage.held(module)]
 
     def space(self) -> dict[str, Dimension]:
         """The open dimensions of all stages, as ``stage.dimension``."""

@@ -83,7 +83,7 @@ class JointPrune(GroupPrune):
         require_finite(codes)
         rows = torch.cat([m.spans.split(whole(codes[m.name]))[0] for m in target.weights], dim=1)
         sizes = torch.full((len(rows), 1), float(rows.shape[1]), device=rows.device)
-        return self.rate(target, rows, sizes, Ranks())
+        return self.rate(rows, sizes, target.name, Ranks())
 
     def sums(self, target: Target, tensors: Mapping[str, Tensor]) -> Tensor:
         """The sum over a group's elements in all parameters of the layer."""
@@ -97,14 +97,19 @@ class JointPrune(GroupPrune):
         assert isinstance(target, JointTarget)
         return {m.name: m.spans.expand(values, theta[m.name].codes.shape) for m in target.weights}
 
-    def follow(
-        self, theta: Mapping[str, Encoded], target: Target, keep: Tensor
+    def masked(
+        self,
+        theta: Mapping[str, Encoded],
+        targets: Sequence[Target],
+        keeps: Mapping[str, Tensor],
     ) -> dict[str, Encoded]:
-        """The layer's other parameters."""
-        others = self.members(target)[1:]
+        """All the parameters without the groups that do not survive."""
         return {
-            m.name: theta[m.name].masked(m.spans.expand(keep, theta[m.name].codes.shape))
-            for m in others
+            m.name: theta[m.name].masked(
+                m.spans.expand(keeps[target.name], theta[m.name].codes.shape)
+            )
+            for target in targets
+            for m in self.members(target)
         }
 
 

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,12 +25,29 @@ P = TypeVar("P", bound="DensityPrune")
 Density = float | Range | Choice
 
 
+class Member(Protocol):
+    """A tensor, or tensors that are pruned together."""
+
+    @property
+    def name(self) -> str:
+        """For errors."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that overrides match."""
+        ...
+
+
+T = TypeVar("T", bound=Member)
+
+
 @dataclass(frozen=True)
-class Pool:
-    """Tensors that share one threshold."""
+class Pool(Generic[T]):
+    """What shares one threshold."""
 
     density: float
-    targets: tuple[Target, ...]
+    members: tuple[T, ...]
 
 
 @dataclass(frozen=True)
@@ -84,62 +101,74 @@ class DensityPrune(Scheme, ABC):
         self, theta: Mapping[str, Encoded], targets: Sequence[Target]
     ) -> dict[str, Encoded]:
         """Zero what falls below the threshold of its pool; exact counts, ties cut in order."""
-        changed = {}
+        return self.masked(theta, targets, self.keeps(theta, targets))
+
+    def keeps(self, theta: Mapping[str, Encoded], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Which elements or groups of each target survive."""
+        keeps: dict[str, Tensor] = {}
         for pool in self.pools(targets):
-            require_finite({t.name: theta[t.name].codes for t in pool.targets})
-            scores = [self.scores(theta, t) for t in pool.targets]
-            for target, keep in zip(pool.targets, self._keep(pool, scores), strict=True):
-                encoded = theta[target.name]
-                mask = self.expand(target, keep, encoded.codes.shape)
-                changed[target.name] = encoded.masked(mask)
-                changed.update(self.follow(theta, target, keep))
-        return changed
+            require_finite({t.name: theta[t.name].codes for t in pool.members})
+            scores = [self.scores(theta, t) for t in pool.members]
+            names = [t.name for t in pool.members]
+            keeps.update(zip(names, self.chosen(pool, scores), strict=True))
+        return keeps
 
     def scores(self, theta: Mapping[str, Encoded], target: Target) -> Tensor:
         """The scores of a target's elements or groups: those of its weight."""
         return self.score(target, theta[target.name].codes)
 
-    def follow(
-        self, theta: Mapping[str, Encoded], target: Target, keep: Tensor
+    def masked(
+        self,
+        theta: Mapping[str, Encoded],
+        targets: Sequence[Target],
+        keeps: Mapping[str, Tensor],
     ) -> dict[str, Encoded]:
-        """Encodings of parameters that go with a tensor's groups, such as biases."""
-        return {}
+        """Encodings of the targets, and of what goes with them, without what does not survive."""
+        return {
+            t.name: theta[t.name].masked(self.expand(t, keeps[t.name], theta[t.name].codes.shape))
+            for t in targets
+        }
 
     def left(self, theta: Mapping[str, Encoded], target: Target) -> tuple[int, int]:
         """How many of a target's elements or groups are not zero, and how many there are."""
         scores = self.scores(theta, target)
         return count_nonzero([scores])[0], scores.numel()
 
-    def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
-        k, floors = self._counts(pool, [s.numel() for s in scores])
+    def chosen(self, pool: Pool[Any], scores: list[Tensor]) -> list[Tensor]:
+        """Which elements or groups of a pool survive, by their scores."""
+        k, floors = self.counts(pool, [s.numel() for s in scores])
         keep: list[Tensor] = topk_masks(scores, k, floors, absolute=self.absolute)
         return keep
 
-    def _counts(self, pool: Pool, sizes: list[int]) -> tuple[int, list[int]]:
-        """How many elements or groups a pool keeps in all, and in each tensor at least."""
+    def counts(self, pool: Pool[Any], sizes: list[int]) -> tuple[int, list[int]]:
+        """How many elements or groups a pool keeps in all, and in each member at least.
+
+        Raises:
+            ValueError: If it would keep less than the members need.
+        """
         floors = [min(self.min_per_layer, n) for n in sizes]
         return _kept(pool, sum(sizes), sum(floors), self.min_per_layer), floors
 
-    def pools(self, targets: Sequence[Target]) -> Iterator[Pool]:
-        """The tensors grouped by the threshold they share.
+    def pools(self, members: Sequence[T]) -> Iterator[Pool[T]]:
+        """What shares a threshold.
 
         Raises:
             SelectionError: If an override matches no selected tensor.
         """
-        members: dict[str | None, list[Target]] = {p: [] for p in (*self.overrides, None)}
-        for target in targets:
-            pattern = next((p for p in self.overrides if re.search(p, target.name)), None)
-            members[pattern].append(target)
-        for pattern, group in members.items():
+        pools: dict[str | None, list[T]] = {p: [] for p in (*self.overrides, None)}
+        for member in members:
+            matches = (p for p in self.overrides if any(re.search(p, n) for n in member.names))
+            pools[next(matches, None)].append(member)
+        for pattern, group in pools.items():
             if pattern is not None and not group:
                 raise SelectionError(
                     f"overrides={pattern!r} matches no selected weight (or an earlier pattern "
-                    f"took them all); there are {', '.join(t.name for t in targets)}"
+                    f"took them all); there are {', '.join(m.name for m in members)}"
                 )
             density = self.density if pattern is None else self.overrides[pattern]
             assert isinstance(density, int | float)
             if self.scope == "layer":
-                yield from (Pool(density, (target,)) for target in group)
+                yield from (Pool(density, (member,)) for member in group)
             elif group:
                 yield Pool(density, tuple(group))
 
@@ -154,12 +183,12 @@ class DensityPrune(Scheme, ABC):
     def structure(self, targets: Sequence[Target]) -> object:
         """The count that each pool keeps: densities that round to the same count are the same."""
         counts = tuple(
-            (tuple(t.name for t in pool.targets), self._count(pool)) for pool in self.pools(targets)
+            (tuple(t.name for t in pool.members), self._count(pool)) for pool in self.pools(targets)
         )
         return replace(self, density=1.0, overrides={}), counts
 
-    def _count(self, pool: Pool) -> int:
-        return self._counts(pool, [self._groups_of(t) for t in pool.targets])[0]
+    def _count(self, pool: Pool[Target]) -> int:
+        return self.counts(pool, [self._groups_of(t) for t in pool.members])[0]
 
     def relaxed(self: P, progress: float) -> P:
         """Density part of the way down from 1."""
@@ -226,10 +255,10 @@ def check_density(argument: str, density: object) -> None:
             )
 
 
-def _kept(pool: Pool, total: int, floor: int, min_per_layer: int) -> int:
+def _kept(pool: Pool[Any], total: int, floor: int, min_per_layer: int) -> int:
     kept = round(pool.density * total)
     if kept < max(floor, 1):
-        names = ", ".join(t.name for t in pool.targets)
+        names = ", ".join(m.name for m in pool.members)
         raise ValueError(
             f"density={pool.density!r} keeps {kept} of {total} elements or groups of {names}, "
             f"fewer than the {max(floor, 1)} needed (min_per_layer={min_per_layer})"

@@ -20,6 +20,7 @@ CONV_TYPES = (
 )
 RECURRENT_TYPES = ("RNNBase", "RNNCellBase")
 ATTENTION_TYPES = ("MultiheadAttention",)
+NORM_TYPES = ("_NormBase", "GroupNorm", "LayerNorm", "RMSNorm")
 WEIGHT_TYPES = LINEAR_TYPES + CONV_TYPES + RECURRENT_TYPES + ATTENTION_TYPES
 
 
@@ -46,6 +47,11 @@ class Target:
     bias: str | None = None
     transposed: bool = False
     groups: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, as a member of a pool."""
+        return (self.name,)
 
     @property
     def channel_dim(self) -> int:
@@ -101,6 +107,11 @@ def skipped(
     """The parameters that :func:`select` leaves alone, each with its reason."""
     judged = _judge(module, types, include, exclude)
     return [Skipped(t.name, reason) for t, reason in judged if reason is not None]
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a layer normalizes, by its class and bases."""
+    return not {base.__name__ for base in type(layer).__mro__}.isdisjoint(NORM_TYPES)
 
 
 def check_pattern(argument: str, pattern: str) -> None:

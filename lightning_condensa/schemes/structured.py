@@ -1,26 +1,19 @@
-"""Structured pruning: the same exact density over rows, filters and blocks; N:M sparsity."""
+"""Structured pruning: the same exact density over groups of weights; N:M sparsity."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_condensa.functional.criteria import Criterion, get_criterion
-from lightning_condensa.functional.grouping import Blocks, Grouping, Slices, n_m_mask
-from lightning_condensa.functional.placement import (
-    elementwise,
-    flat,
-    like,
-    local,
-    part_shape,
-    uncut,
-)
+from lightning_condensa.functional.grouping import Blocks, Grouping, n_m_mask
+from lightning_condensa.functional.placement import elementwise, like, local, part_shape, uncut
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
 from lightning_condensa.functional.topk import topk_masks
 from lightning_condensa.schemes.base import Scheme
@@ -73,17 +66,20 @@ class GroupPrune(DensityPrune):
             return weight.new_empty(grid)
         weight = uncut(weight, grouping.unit(weight.shape), target.name)
         part = local(weight)
-        score = self.rate(target, *grouping.split(part), Ranks.holding([weight]))
+        score = self.rate(*grouping.split(part), target.name, Ranks.holding([weight]))
         return like(score.view(grouping.grid(part.shape)), weight, grid)
 
-    def rate(self, target: Target, rows: Tensor, sizes: Tensor, ranks: Ranks) -> Tensor:
-        """The criterion of groups that are rows, checked on all processes.
+    def rate(self, rows: Tensor, sizes: Tensor, name: str, ranks: Ranks) -> Tensor:
+        """The criterion of groups that are given as rows.
 
         Args:
-            target: For the error.
-            rows: ``(groups, size)``, as a grouping splits.
-            sizes: ``(groups, 1)``, elements of each group.
-            ranks: The processes that make the call.
+            rows: The weights of each group, shape ``(groups, size)``.
+            sizes: How many of them there are, shape ``(groups, 1)``.
+            name: Whose they are, for the error.
+            ranks: The processes that hold parts.
+
+        Raises:
+            ValueError: If the criterion does not return a number for each group.
         """
         # In float32 at least: sums of squares of finite halves overflow, and round into ties.
         wide = torch.promote_types(rows.dtype, torch.float32)
@@ -92,7 +88,7 @@ class GroupPrune(DensityPrune):
         if any(ranks.totals([wrong])):
             raise ValueError(
                 f"criterion {self.criterion!r} must return {len(sizes)} scores that are not NaN "
-                f"for {target.name}, got shape {tuple(score.shape)}"
+                f"for {name}, got shape {tuple(score.shape)}"
             )
         return score
 
@@ -179,17 +175,18 @@ class GroupPrune(DensityPrune):
         """Check too that ``align`` leaves something to prune."""
         super().check(targets)
         for pool in self.pools(targets):
-            sizes = [self._groups_of(t) for t in pool.targets]
-            asked = self._counts(pool, sizes)[0]
+            sizes = [self._groups_of(t) for t in pool.members]
+            asked = self.counts(pool, sizes)[0]
             if asked < sum(sizes) and all(n <= self.align for n in sizes):
                 raise ValueError(
                     f"align={self.align} keeps all {sum(sizes)} groups of "
-                    f"{', '.join(t.name for t in pool.targets)}, density={pool.density!r} asks for "
+                    f"{', '.join(t.name for t in pool.members)}, density={pool.density!r} asks for "
                     f"{asked}: take a smaller align"
                 )
 
-    def _keep(self, pool: Pool, scores: list[Tensor]) -> list[Tensor]:
-        keep = super()._keep(pool, scores)
+    def chosen(self, pool: Pool[Any], scores: list[Tensor]) -> list[Tensor]:
+        """Which groups of a pool survive, by their scores; a multiple of ``align`` of each."""
+        keep = super().chosen(pool, scores)
         if self.align == 1:
             return keep
         counts = count_nonzero(keep)
@@ -198,46 +195,6 @@ class GroupPrune(DensityPrune):
     def _aligned(self, score: Tensor, count: int) -> Tensor:
         multiple = max(round(count / self.align), 1) * self.align
         return topk_masks([score], min(multiple, score.numel()))[0]
-
-
-@dataclass(frozen=True)
-class _SlicePrune(GroupPrune):
-    """Output units: a row or filter, with its bias."""
-
-    def grouping(self, target: Target) -> Grouping:
-        return Slices(transposed=target.transposed, groups=target.groups)
-
-    def names(self, targets: Sequence[Target]) -> list[str]:
-        biases = [t.bias for t in targets if self.prune_bias and t.bias is not None]
-        return [*super().names(targets), *biases]
-
-    def sums(self, target: Target, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The sum over a unit's weights and its bias."""
-        sums = super().sums(target, tensors)
-        if not self.prune_bias or target.bias is None:
-            return sums
-        return sums + tensors[target.bias].view(sums.shape)
-
-    def follow(
-        self, theta: Mapping[str, Encoded], target: Target, keep: Tensor
-    ) -> dict[str, Encoded]:
-        if not self.prune_bias or target.bias is None:
-            return {}
-        return {target.bias: theta[target.bias].masked(flat(keep))}
-
-
-@dataclass(frozen=True)
-class NeuronPrune(_SlicePrune):
-    """Remove whole neurons: rows of Linear layers, with their biases."""
-
-    default_types: ClassVar[tuple[str, ...]] = LINEAR_TYPES
-
-
-@dataclass(frozen=True)
-class FilterPrune(_SlicePrune):
-    """Remove whole filters of convolutions, transposed and grouped ones too, with biases."""
-
-    default_types: ClassVar[tuple[str, ...]] = CONV_TYPES
 
 
 @dataclass(frozen=True)

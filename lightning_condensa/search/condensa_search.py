@@ -179,8 +179,9 @@ class CondensaSearch:
                 "fit needs a datamodule, or train_dataloaders and val_dataloaders; "
                 f"got train_dataloaders={train!r}, val_dataloaders={val!r}"
             )
+        graph = self.space.scheme.trace(model)
         for values in self.space.extremes():
-            self.space.scheme.at(values).bind(model)
+            self.space.scheme.at(values).bind(model, graph)
         return Data(datamodule, train, val)
 
     def _config(self, model: nn.Module) -> dict[str, Any]:

@@ -86,9 +86,10 @@ class SearchSpace:
             engine = SobolEngine(len(self.dimensions), scramble=False)  # type: ignore[no-untyped-call]
             fractions = engine.draw(SOBOL, dtype=torch.float64).tolist()
         structures: dict[object, dict[str, Any]] = {}
+        graph = self.scheme.trace(module)
         for point in fractions:
             values = self._values(point)
-            structures.setdefault(self.scheme.at(values).bind(module).structure, values)
+            structures.setdefault(self.scheme.at(values).bind(module, graph).structure, values)
         return list(structures.values())
 
     def extremes(self) -> list[dict[str, Any]]:

@@ -51,9 +51,10 @@ def known_objective(
     In one dimension it is evaluated at up to 20 candidates and interpolated between them along
     the coordinate.
     """
+    graph = space.scheme.trace(module)
 
     def evaluate(values: dict[str, Any]) -> float:
-        return objective(CompressedModel.compress(module, space.scheme.at(values)))
+        return objective(CompressedModel.compress(module, space.scheme.at(values), graph))
 
     if len(space.dimensions) > 1 or len(candidates) <= _ANCHORS:
         return [evaluate(values) for values in candidates]
