@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -23,6 +23,8 @@ from lightning_condensa.graph.movement import MOVEMENT_RULES
 from lightning_condensa.graph.pointwise import POINTWISE_RULES, pointwise
 
 _RULES: Mapping[str, Rule] = {**LAYER_RULES, **MOVEMENT_RULES, **POINTWISE_RULES}
+#: Operators that compute a graph of their own.
+_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 #: Assertions that an export leaves behind.
 _CHECKS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range")
 
@@ -118,24 +120,49 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 def _walk(program: torch.export.ExportedProgram, module: nn.Module) -> ChannelGraph:
     builder = GraphBuilder()
-    values = _inputs(program, module)
-    for node in program.graph.nodes:
+    for output in pytree.tree_leaves(
+        _follow(program.graph_module, _inputs(program, module), builder)
+    ):
+        if isinstance(output, Tensor):
+            builder.pin(output, "an output of the network")
+    return builder.finish()
+
+
+def _follow(owner: GraphModule, values: dict[Node, Any], builder: GraphBuilder) -> Any:
+    """What a graph gives.
+
+    Args:
+        owner: Holds the graph, and the bodies of its regions.
+        values: Flows of placeholders, as far as they are known.
+        builder: Takes up channels, ties and pins.
+    """
+    for node in owner.graph.nodes:
         if node.op == "placeholder":
             values.setdefault(node, constants(node.meta.get("val")))
         elif node.op == "get_attr":
-            values[node] = constants(node.meta.get("val"))
+            found = getattr(owner, str(node.target), None)
+            region = isinstance(found, GraphModule)
+            values[node] = found if region else constants(node.meta.get("val"))
         elif node.op == "output":
-            for output in node.all_input_nodes:
-                if isinstance(values[output], Tensor):
-                    builder.pin(values[output], "an output of the network")
+            return map_arg(node.args[0], lambda n: values[n])
         else:
             args, kwargs = (map_arg(a, lambda n: values[n]) for a in (node.args, node.kwargs))
             call = Call(builder, node, args, list(kwargs.values()))
             values[node] = None if call.name in _CHECKS else _rule(call)(call)
-    return builder.finish()
+    return None
+
+
+def _region(call: Call) -> Any:
+    """The part of a forward pass under ``torch.autocast``, ``torch.no_grad`` and the like."""
+    at = next(i for i, value in enumerate(call.args) if isinstance(value, GraphModule))
+    body = call.args[at]
+    inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
+    return _follow(body, dict(zip(inputs, call.args[at + 1 :], strict=True)), call.builder)
 
 
 def _rule(call: Call) -> Rule:
+    if call.name in _REGIONS:
+        return _region
     rule = _RULES.get(call.name) or _RULES.get(call.name.removesuffix("_"))
     if rule is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
         rule = pointwise

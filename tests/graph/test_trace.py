@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,6 +48,13 @@ def tied(graph: ChannelGraph, *axes: tuple[str, int]) -> bool:
     return len(set(first)) == len(first) and all(other == first for other in others)
 
 
+def rectified_under(context: AbstractContextManager[Any], x: Tensor) -> Tensor:
+    """With a block of its own in the exported graph."""
+    with context:
+        y = x.relu()
+    return y + x
+
+
 FOLLOWED = {
     "relu": lambda m, x: x.relu(),
     "in place": lambda m, x: F.relu(x, inplace=True),
@@ -63,6 +73,8 @@ FOLLOWED = {
     "dropped out": lambda m, x: F.dropout(x, 0.5, m.training),
     "glued": lambda m, x: torch.cat([x[:, :, :3], x[:, :, 3:]], dim=2),
     "leaky": lambda m, x: F.leaky_relu(x),
+    "without gradients": lambda m, x: rectified_under(torch.no_grad(), x),
+    "under autocast": lambda m, x: rectified_under(torch.autocast("cpu", torch.bfloat16), x),
 }
 
 
