@@ -31,6 +31,8 @@ PACKAGES = (
     "numpy",
     "condensa",
     "onnxruntime",
+    "torch-pruning",
+    "mlxtend",
 )
 
 

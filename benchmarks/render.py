@@ -16,7 +16,7 @@ from common import read_results
 from render_deploy import sparse_execution
 from render_overhead import lc_overhead
 from render_quality import lc_quality, lc_quality_tasks, lc_study
-from render_schemes import char_lstm, lenet300, quantizers, structured
+from render_schemes import char_lstm, lenet300, packed, quantizers, structured
 from tables import source, spread, table
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +95,7 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "structured": structured,
     "lenet300": lenet300,
     "char-lstm": char_lstm,
+    "packed": packed,
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
     "sparse-execution": sparse_execution,

@@ -16,6 +16,12 @@ PUBLISHED = {
     "codebook of 2 + 1 %": 0.04,
     "low rank, 10 %": -0.23,
 }
+#: Other files of the same weights.
+OTHERS = {
+    "safetensors_zstd": "safetensors + zstd",
+    "safetensors": "safetensors",
+    "torch_save": "`torch.save`",
+}
 WAYS = {"lc": "L-C", "once": "rounded once", "straight-through": "straight-through"}
 
 
@@ -120,3 +126,29 @@ def _against_dense(task: str, what: str) -> str | None:
         f"\nOn test data, mean ± sd of {len(dense)} seeds; {cells[0]['optimizer_steps']:,} steps.\n"
     )
     return table(header, rows) + note + source({"environment": results["environments"][-1]})
+
+
+def packed() -> str | None:
+    """Bytes over the bound for every model, kind of values and density; load times."""
+    results = read_results("packed")
+    if not results:
+        return None
+    rows_of = results["sizes"]
+    densities = sorted({r["density"] for r in rows_of})
+    found = {(r["model"], r["values"], r["density"]): r for r in rows_of}
+    rows = []
+    for model, values in dict.fromkeys((r["model"], r["values"]) for r in rows_of):
+        cells = [found[model, values, density] for density in densities]
+        rows.append([f"{model}, {values}", *(f"{c['file'] / c['bound']:.3f}" for c in cells)])
+    for other, title in OTHERS.items():
+        shares = [[r[other] / r["file"] for r in rows_of if r["density"] == d] for d in densities]
+        rows.append([f"{title}, over ours", *(f"{statistics.median(s):.2f}" for s in shares)])
+    loads = ", ".join(
+        f"{r['values']} at {r['density']:.0%} {r['median']:.2f}" for r in results["loads"]
+    )
+    note = (
+        "\nLast rows: medians over models and values. Loading 20 M weights takes so many times as "
+        f"long as from dense safetensors, medians: {loads}.\n"
+    )
+    header = ["file over bound, density", *(f"{d:.1%}" for d in densities)]
+    return table(header, rows) + note + source(results)

@@ -6,7 +6,13 @@ schemes prune by it, and :mod:`lightning_condensa.deploy` removes by it.
 
 from lightning_condensa.graph.channels import FIXED, ChannelGraph
 from lightning_condensa.graph.definitions import Norm, Product, Removal
-from lightning_condensa.graph.trace import TraceError, example_arguments, trace, trace_example
+from lightning_condensa.graph.trace import (
+    TraceError,
+    evaluating,
+    example_arguments,
+    trace,
+    trace_example,
+)
 
 __all__ = [
     "FIXED",
@@ -15,6 +21,7 @@ __all__ = [
     "Product",
     "Removal",
     "TraceError",
+    "evaluating",
     "example_arguments",
     "trace",
     "trace_example",

@@ -55,7 +55,7 @@ def trace(module: nn.Module, example: Any) -> ChannelGraph:
     args, kwargs = example_arguments(example)
     moved = pytree.tree_map_only(Tensor, _placer(module), (args, kwargs))
     try:
-        with _evaluating(module), warnings.catch_warnings():
+        with evaluating(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to authors of exports
             program = torch.export.export(module, *moved, strict=False)
     except Exception as error:  # whatever the user's code, or the tracer, may raise
@@ -108,7 +108,8 @@ def _placer(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every part has its own mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

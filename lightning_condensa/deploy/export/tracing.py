@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+
+from lightning_condensa.graph import evaluating
 
 
 def trace(module: nn.Module, example: Any) -> ExportedProgram:
@@ -45,7 +45,7 @@ def trace(module: nn.Module, example: Any) -> ExportedProgram:
         if dynamic:
             shapes[tensor] = {0: Dim("batch")}
     # With gradients: modules such as TransformerEncoder take shortcuts without.
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(module):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(module):
         return torch.export.export(module, inputs, dynamic_shapes=shapes)
 
 
@@ -86,15 +86,3 @@ def program_bytes(program: ExportedProgram) -> bytes:
     buffer = BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every part has its own mode again."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
