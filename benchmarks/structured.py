@@ -6,9 +6,9 @@ All ways start from the same dense weights, remove filters of convolutions until
 left, and train for the same number of steps of the task's optimizer. Ours: `FilterPrune` under L-C,
 as it is and with `coupled=True`. torch-pruning (Fang et al. 2023, arXiv:2301.12900): *magnitude*
 prunes before the first step and fine-tunes; *group norm* trains the first half under its group
-penalty, prunes, and fine-tunes in the second half; each with one ratio for all layers and with one
-ranking of all (``global``). A share of filters is not a share of the network: the parameters and
-FLOPs that are left after physical removal stand beside the accuracy.
+penalty, prunes, and fine-tunes in the second half. Each with one density for all layers, and with
+one ranking of all filters (``global``). A share of filters is not a share of the network: the
+parameters and FLOPs that are left after physical removal stand beside the accuracy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -38,11 +38,14 @@ DENSITIES = (0.5, 0.25)
 Way = Callable[[Start, float, int], nn.Module]
 
 
-def ours(start: Start, density: float, epochs: int, *, coupled: bool) -> nn.Module:
+def ours(
+    start: Start, density: float, epochs: int, *, coupled: bool, ranked_globally: bool
+) -> nn.Module:
     """L-C with this package's defaults, then removal."""
     module = start.module()
     module.example_input_array = example(start)
-    callback = CondensaCallback(FilterPrune(density, coupled=coupled))
+    scope: Literal["global", "layer"] = "global" if ranked_globally else "layer"
+    callback = CondensaCallback(FilterPrune(density, coupled=coupled, scope=scope))
     fit(module, start, [callback], epochs)
     return callback.compressed.shrink(example(start)).module
 
@@ -111,8 +114,10 @@ def flops(module: nn.Module, inputs: Tensor) -> int:
 
 
 WAYS: dict[str, Way] = {
-    "L-C": partial(ours, coupled=False),
-    "L-C, coupled": partial(ours, coupled=True),
+    "L-C": partial(ours, coupled=False, ranked_globally=False),
+    "L-C, global": partial(ours, coupled=False, ranked_globally=True),
+    "L-C, coupled": partial(ours, coupled=True, ranked_globally=False),
+    "L-C, coupled, global": partial(ours, coupled=True, ranked_globally=True),
     "torch-pruning, magnitude": partial(magnitude, ranked_globally=False),
     "torch-pruning, magnitude, global": partial(magnitude, ranked_globally=True),
     "torch-pruning, group norm": partial(group_norm, ranked_globally=False),
