@@ -94,6 +94,11 @@ def integer_layers(graph: OnnxGraph, name: str, encoded: Encoded) -> list[Intege
     return layers
 
 
+def has_integer_codes(encoded: Encoded) -> bool:
+    """Whether θ is int8 codes under a scale."""
+    return encoded.scale is not None and encoded.codes.dtype == torch.int8
+
+
 def channel_codes(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
     """Codes as int8, and a scale for each output channel.
 
@@ -107,7 +112,7 @@ def channel_codes(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
         >>> codes.tolist(), scale.tolist()
         ([[1, -2], [-3, 0]], [0.5, 0.25])
     """
-    if encoded.scale is None or encoded.codes.dtype != torch.int8:
+    if encoded.scale is None or not has_integer_codes(encoded):
         raise StaysFloatError("not integer codes")
     if encoded.dtype != torch.float32:
         raise StaysFloatError(f"its type is {encoded.dtype}, not float32")

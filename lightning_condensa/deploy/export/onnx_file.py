@@ -15,6 +15,7 @@ from lightning_condensa.deploy.export.half import to_half
 from lightning_condensa.deploy.export.integer import (
     IntegerLayer,
     StaysFloatError,
+    has_integer_codes,
     integer_layers,
     write_float,
 )
@@ -68,14 +69,17 @@ def onnx_file(
     encoded = {n: e.whole().to(torch.device("cpu")) for n, e in single.items()}
     books = {name for name, e in encoded.items() if is_codebook(e)}
     traced = _traced_names(module, encoded)
-    opened = {t: n for t, n in traced.items() if integer or n in books}
+    # Others stay constants of the graph, which can be folded: γ and β of a norm, say.
+    integers = {name for name, e in encoded.items() if integer and has_integer_codes(e)}
+    opened = {t: n for t, n in traced.items() if n in integers or n in books}
     graph = OnnxGraph(trace(module, example), opened)
 
     stored = dict.fromkeys(theta, "float16" if precision == "float16" else "float32")
     reasons = dict.fromkeys(theta, "")
     if integer:
         reasons = dict.fromkeys(theta, "a sum or product of tensors")
-        reasons |= dict.fromkeys(encoded, "not used by forward as it is")
+        reasons |= dict.fromkeys(encoded, "not integer codes")
+        reasons |= dict.fromkeys(integers, "not used by forward as it is")
     weights = {name: encoded[opened[name]] for name in graph.open}
     for name in [n for n in weights if opened[n] in books]:
         reasons[opened[name]] = "a codebook" if integer else ""

@@ -177,6 +177,23 @@ def test_a_bias_beyond_int32_leaves_a_layer_in_float(tmp_path: Path) -> None:
     assert relative(run(tmp_path / "a.onnx", x), evaluate(model.module, x)) < 0.03
 
 
+def test_norms_that_are_pruned_are_folded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = CASES["convolutions"].network()
+    module.example_input_array = CASES["convolutions"].inputs(2)
+    model = CompressedModel.compress(module, Compose([FilterPrune(0.5), Quantize("int8")]))
+    norms = [name for name, e in model.theta.items() if e.scale is None]
+    assert norms
+    batches = [CASES["convolutions"].inputs(64)]
+    report = model.to_onnx(tmp_path / "a.onnx", CASES["convolutions"].inputs(1), "int8", batches)
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert {name: reasons[name] for name in norms} == dict.fromkeys(norms, "not integer codes")
+    assert not any(reason for name, reason in reasons.items() if name not in norms)
+    assert "BatchNormalization" not in fused(tmp_path / "a.onnx")
+    x = CASES["convolutions"].inputs(5)
+    assert relative(run(tmp_path / "a.onnx", x), evaluate(model.module, x)) < 0.03
+
+
 def test_low_rank_weights_are_multiplied_out(tmp_path: Path) -> None:
     torch.manual_seed(0)
     scheme = Compose([LowRank(rank=2, include="first"), Quantize("int8")])
