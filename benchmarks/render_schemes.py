@@ -45,7 +45,7 @@ def quantizers() -> str | None:
         dense = mean_sd([d["test"] for d in results["dense"] if d["task"] == task])
         note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
         parts.append(f"### {task}\n\n" + table(["", *WAYS.values()], rows) + note)
-    return "".join(parts).rstrip("\n") + source({"environment": results["environments"][-1]})
+    return "".join(parts).rstrip("\n") + "\n" + source({"environment": results["environments"][-1]})
 
 
 def structured() -> str | None:
@@ -70,7 +70,7 @@ def structured() -> str | None:
         dense = mean_sd([d["test"] for d in results["dense"] if d["task"] == task])
         note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
         parts.append(f"### {task}\n\n" + table(header, rows) + note)
-    return "".join(parts).rstrip("\n") + source({"environment": results["environments"][-1]})
+    return "".join(parts).rstrip("\n") + "\n" + source({"environment": results["environments"][-1]})
 
 
 def _structured_entries(cells: Sequence[dict[str, Any]]) -> list[str]:
