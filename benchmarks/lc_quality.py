@@ -133,6 +133,12 @@ class Study:
         """Write a cell in the place of an older one."""
         self._put([cell], lambda other: key_of(other) != key_of(cell))
 
+    def ensure(self, key: Key, compute: Callable[[], dict[str, Any]]) -> None:
+        """Compute, write and show a cell, unless it is there."""
+        if key not in self.cells():
+            self.add(cell := compute())
+            print({k: cell[k] for k in (*_SHOWN, "test", "val", "seconds")}, flush=True)
+
     def _put(self, added: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> None:
         def change(results: dict[str, Any]) -> None:
             environments = results.setdefault("environments", [])
@@ -202,9 +208,7 @@ def run(study: Study, wanted: Sequence[Key], data: Path | None, table: dict[str,
         study.add_dense(start, budget)
         if name == "reference" and not covers(start.module()):
             continue
-        cell = run_cell(name, table[name], start, density, budget)
-        study.add(cell)
-        print({k: cell[k] for k in (*_SHOWN, "test", "val", "seconds")}, flush=True)
+        study.ensure(key, partial(run_cell, name, table[name], start, density, budget))
 
 
 _SHOWN = ("task", "method", "density", "budget", "seed")

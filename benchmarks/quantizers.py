@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,8 @@ def main() -> None:
             study.add_dense(start, 1)
             for name in options.schemes:
                 for way in options.ways:
-                    if (task, f"{name}, {way}", 1.0, 1, seed) not in study.cells():
-                        study.add(found := cell(start, name, way, 1))
-                        print({k: found[k] for k in ("task", "method", "seed", "test", "seconds")})
+                    key = (task, f"{name}, {way}", 1.0, 1, seed)
+                    study.ensure(key, partial(cell, start, name, way, 1))
 
 
 if __name__ == "__main__":

@@ -120,9 +120,7 @@ def main() -> None:
             start = start_of(task, seed, options.data)
             study.add_dense(start, 1)
             for name in (TRAINED_ON, *SCHEMES[task]):
-                if (task, name, 1.0, 1, seed) not in study.cells():
-                    study.add(found := cell(start, name))
-                    print({k: found[k] for k in ("task", "method", "seed", "test", "seconds")})
+                study.ensure((task, name, 1.0, 1, seed), partial(cell, start, name))
 
 
 if __name__ == "__main__":

@@ -167,10 +167,8 @@ def main() -> None:
             study.add_dense(start, 1)
             for name in options.ways:
                 for density in DENSITIES:
-                    if (task, name, density, 1, seed) not in study.cells():
-                        study.add(found := cell(start, name, density))
-                        shown = ("task", "method", "density", "seed", "test", "parameters")
-                        print({k: found[k] for k in shown}, flush=True)
+                    key = (task, name, density, 1, seed)
+                    study.ensure(key, partial(cell, start, name, density))
 
 
 if __name__ == "__main__":
