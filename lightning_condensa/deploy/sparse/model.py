@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -121,13 +122,18 @@ def _gather(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> nn.Module
 
     A trace holds only what happened to a proxy, and untraced code may read what it is not to call.
     """
+    failure = ""
     for trace in (True, False):
         gathered = gather_layers(deepcopy(dense), trace=trace)
         try:
             if _alike(gathered(*inputs), wanted):
                 return gathered
-        except Exception:  # whatever the user's code does then
-            continue
+            failure = "it gives other outputs then"
+        except Exception as error:  # whatever the user's code does then
+            failure = f"it fails then with {type(error).__name__}: {error}"
+    warnings.warn(
+        f"no layer of {type(dense).__name__} can be exchanged: {failure}", UserWarning, stacklevel=3
+    )
     return deepcopy(dense)
 
 

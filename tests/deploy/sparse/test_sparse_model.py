@@ -127,6 +127,11 @@ def test_outputs_are_those_of_the_dense_model(module: nn.Module) -> None:
     assert all(torch.equal(v, module.state_dict()[n]) for n, v in before.items())
 
 
+def test_a_model_that_cannot_be_taken_apart_says_why() -> None:
+    with pytest.warns(UserWarning, match=r"no layer of ReadingUntraced .*AttributeError"):
+        to_sparse(prepared(ReadingUntraced()), images(), threads=1)
+
+
 @pytest.mark.parametrize("module", [Residual(), Branching()], ids=lambda m: type(m).__name__)
 def test_outputs_when_the_kernel_does_all(module: nn.Module) -> None:
     module = prepared(module)
