@@ -5,9 +5,9 @@
 
 Every way starts from the same dense weights and trains for the same number of steps with the
 task's optimizer. *Once* trains on and rounds at the end. *Straight-through* is quantization-aware
-training: each forward pass rounds the weights as the scheme does, gradients pass the rounding
-unchanged (Bengio et al. 2013, arXiv:1308.3432), and the rounded weights are shipped. Cells are
-written one by one and not computed twice.
+training: each forward pass rounds the weights as the scheme does (to a codebook that is fitted anew
+in every 16th step), gradients pass the rounding unchanged (Bengio et al. 2013, arXiv:1308.3432),
+and the rounded weights are shipped. Cells are written one by one and not computed twice.
 """
 
 from __future__ import annotations
@@ -48,11 +48,38 @@ class Rounded(nn.Module):
         self.bound = [scheme.bind(layer)]  # no submodule
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return Δ(Π(w)), with the gradient of w."""
-        bound = self.bound[0]
+        """Return w rounded, with the gradient of w."""
         with torch.no_grad():
-            (rounded,) = bound.delta(bound.pi(dict.fromkeys(bound.names, weight))).values()
+            rounded = self.round(weight)
         return weight + (rounded - weight).detach()
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Return Δ(Π(w))."""
+        bound = self.bound[0]
+        (rounded,) = bound.delta(bound.pi(dict.fromkeys(bound.names, weight))).values()
+        return rounded
+
+
+class Clustered(Rounded):
+    """Rounds to the nearest value of a codebook that is fitted in every 16th forward pass.
+
+    Optimal k-means in every step would take many times the step itself.
+    """
+
+    every = 16
+
+    def __init__(self, scheme: Scheme, layer: nn.Module) -> None:
+        super().__init__(scheme, layer)
+        self.passes = 0
+        self.values = torch.empty(0)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Return the nearest values of the present codebook."""
+        if self.passes % self.every == 0:
+            self.values = super().round(weight).unique()
+        self.passes += 1
+        middles = (self.values[1:] + self.values[:-1]) / 2
+        return self.values[torch.bucketize(weight, middles)]
 
 
 def compressed(start: Start, epochs: int, scheme: Scheme, way: str) -> TaskModule:
@@ -64,7 +91,8 @@ def compressed(start: Start, epochs: int, scheme: Scheme, way: str) -> TaskModul
         return fit(module, start, [DirectCompression(scheme)], epochs)
     layers = {t.name.rpartition(".")[0] for t in scheme.select(module)}
     for layer in (module.get_submodule(name) for name in sorted(layers)):
-        parametrize.register_parametrization(layer, "weight", Rounded(scheme, layer))
+        rounding = Clustered if isinstance(scheme, Codebook) else Rounded
+        parametrize.register_parametrization(layer, "weight", rounding(scheme, layer))
     fit(module, start, [], epochs)
     for layer in (module.get_submodule(name) for name in layers):
         # What it would leave, w + (rounded − w), is off the rounded values in the last bits.
