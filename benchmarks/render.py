@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import read_results
 from render_deploy import sparse_execution
-from render_overhead import lc_overhead
+from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
 from render_schemes import char_lstm, lenet300, packed, quantizers, structured
 from tables import source, spread, table
@@ -95,6 +95,7 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "structured": structured,
     "lenet300": lenet300,
     "char-lstm": char_lstm,
+    "projections": projections,
     "packed": packed,
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,

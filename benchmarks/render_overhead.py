@@ -35,6 +35,35 @@ def lc_overhead() -> str | None:
     return "\n".join(map(_overhead, found)) if found else None
 
 
+def projections() -> str | None:
+    """The time of every projection, beside that of the passes that it must make."""
+    results = read_results("projections")
+    if not results:
+        return None
+    rows = []
+    for r in results["rows"]:
+        times = (
+            [s / r["copy_s"] / r["passes"] for s in r["seconds"]["projection"]]
+            if r["passes"]
+            else []
+        )
+        rows.append(
+            [
+                r["case"],
+                f"{r['median_s']:.2f} s",
+                str(r["passes"] or NONE),
+                r["why"],
+                f"{statistics.median(times):.1f} ({min(times):.1f}–{max(times):.1f})"
+                if times
+                else NONE,
+            ]
+        )
+    copy = statistics.median(r["copy_s"] for r in results["rows"])
+    note = f"\nA copy of {results['rows'][0]['weights']:,} weights takes {copy:.3f} s.\n"
+    header = ["", "time", "passes", "for", "copies a pass"]
+    return table(header, rows) + note + source(results)
+
+
 def _overhead(results: dict[str, Any]) -> str:
     """The two tables of one device."""
     parts = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import mean_sd, read_results
-from tables import NONE, spread, table
+from tables import NONE, cpu, spread, table
 
 METHODS = {
     "ours": "L-C, default",
@@ -126,7 +126,7 @@ class Study:
         """Where the figures come from, in a line."""
         used = [self.results["environments"][c["environment"]] for c in self.results["cells"]]
         torches = ", ".join(sorted({e["versions"]["torch"] for e in used}))
-        cpus = ", ".join(sorted({e["cpu"] for e in used}))
+        cpus = ", ".join(sorted({cpu(e) for e in used}))
         days = sorted({e["date"][:10] for e in used})
         return (
             f"\n`benchmarks/lc_quality.py`, torch {torches}, {cpus}, "

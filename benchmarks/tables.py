@@ -20,10 +20,16 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
+def cpu(environment: dict[str, Any]) -> str:
+    """The processor, and its vector instructions where they were written down."""
+    vectors = f" ({environment['vectors']})" if "vectors" in environment else ""
+    return f"{environment['cpu']}{vectors}"
+
+
 def source(results: dict[str, Any]) -> str:
     """Where the figures come from, in a line."""
     e = results["environment"]
     return (
-        f"\n`{e['command']}`, torch {e['versions']['torch']}, {e['cpu']}, "
+        f"\n`{e['command']}`, torch {e['versions']['torch']}, {cpu(e)}, "
         f"{e['torch_threads']} thread(s), {e['date'][:10]}.\n"
     )

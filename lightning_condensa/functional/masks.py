@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_condensa.functional.chunks import chunk_length
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -33,4 +35,11 @@ def inside(mask: Tensor, values: Tensor) -> Tensor:
         tensor([-2.,  0.])
     """
     bits = _BITS[values.element_size()]
-    return values.view(bits).bitwise_and(numbers(mask, bits).neg_()).view(values.dtype)
+    if values.shape != mask.shape or not (values.is_contiguous() and mask.is_contiguous()):
+        return values.view(bits).bitwise_and(numbers(mask, bits).neg_()).view(values.dtype)
+    result = torch.empty_like(values)  # fresh memory is dear: none for what is in between
+    length = chunk_length(values)
+    flat = (t.view(-1).split(length) for t in (values.view(bits), mask, result.view(bits)))
+    for piece, kept, out in zip(*flat, strict=True):
+        torch.bitwise_and(piece, numbers(kept, bits).neg_(), out=out)
+    return result
