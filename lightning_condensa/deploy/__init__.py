@@ -1,11 +1,13 @@
 """From θ to files: the compressed model, its report and the packed format."""
 
-from lightning_condensa.deploy.compressed import CompressedModel, load_compressed, load_theta
+from lightning_condensa.deploy.compressed import CompressedModel, load_theta
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.export import OnnxLayer, OnnxReport
+from lightning_condensa.deploy.loading import load_compressed
 from lightning_condensa.deploy.packed import (
     Packed,
     inspect_packed,
+    load_tensors,
     pack,
     read_packed,
     unpack,
@@ -48,6 +50,7 @@ __all__ = [
     "apply_plan",
     "inspect_packed",
     "load_compressed",
+    "load_tensors",
     "load_theta",
     "pack",
     "profile",

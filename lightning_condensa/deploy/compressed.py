@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.deploy.densities import kept_by_pool
-from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.export import OnnxReport, program_bytes, require_onnx, trace
-from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_packed
-from lightning_condensa.deploy.plan import Plan, apply_plan, plan_from_text, plan_to_text
+from lightning_condensa.deploy.loading import SHRINK_PLAN, eager_name
+from lightning_condensa.deploy.packed import Packed, pack, write_packed
+from lightning_condensa.deploy.plan import Plan, plan_to_text
 from lightning_condensa.deploy.report import Report
 from lightning_condensa.deploy.shrink import shrink, shrink_theta
 from lightning_condensa.deploy.sparse import SparseModel, to_sparse
@@ -23,11 +23,6 @@ from lightning_condensa.functional.placement import whole
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
 from lightning_condensa.graph import ChannelGraph
 from lightning_condensa.schemes import Encoding, Scheme
-
-M = TypeVar("M", bound=nn.Module)
-
-#: Key of the shrink plan in a file's metadata.
-_PLAN = "shrink_plan"
 
 
 class CompressedModel:
@@ -94,8 +89,11 @@ class CompressedModel:
 
     def state_dict(self) -> dict[str, Tensor]:
         """A plain state dict that loads into the original class."""
-        state = _state_dict(self.packed())
-        return {name: state[_eager(name)] for name in self.module.state_dict()}
+        packed = self.packed()
+        state = {n: e.decode() for n, e in packed.encoded.items()}
+        state.update(packed.rest)
+        state.update({alias: state[name] for alias, name in packed.aliases.items()})
+        return {name: state[eager_name(name)] for name in self.module.state_dict()}
 
     def packed(self) -> Packed:
         """θ and the rest of the module's state, ready to be written.
@@ -116,14 +114,16 @@ class CompressedModel:
                 )
             owner = owners.setdefault(id(value), name)
             if owner != name:
-                aliases[_eager(name)] = _eager(owner)
+                aliases[eager_name(name)] = eager_name(owner)
                 continue
             if name not in self.theta:
-                rest[_eager(name)] = whole(value.detach()).cpu()
-        encoded = {_eager(n): e.whole().to(torch.device("cpu")) for n, e in self.theta.items()}
+                rest[eager_name(name)] = whole(value.detach()).cpu()
+        encoded = {eager_name(n): e.whole().to(torch.device("cpu")) for n, e in self.theta.items()}
         metadata = {"scheme": self._scheme_text()}
         if self.plan:
-            metadata[_PLAN] = plan_to_text({_eager(n): cuts for n, cuts in self.plan.items()})
+            metadata[SHRINK_PLAN] = plan_to_text(
+                {eager_name(n): cuts for n, cuts in self.plan.items()}
+            )
         return Packed(encoded, rest, aliases, metadata)
 
     def _scheme_text(self) -> str:
@@ -281,72 +281,6 @@ class CompressedModel:
 
     def __repr__(self) -> str:
         return f"CompressedModel({type(self.module).__name__}, {self.scheme.describe()})"
-
-
-def load_compressed(path: str | Path, module: M) -> M:
-    """Load a packed file into a module of the class it was made from; outputs are the same.
-
-    Where the file holds a model that :meth:`CompressedModel.shrink` made smaller, the module is
-    made as small.
-
-    Args:
-        path: A file that :meth:`CompressedModel.save` wrote.
-        module: A module with the same parameters and buffers, compiled or not; overwritten in
-            place.
-
-    Returns:
-        The module.
-
-    Raises:
-        PackedFileError: If the file is damaged, or belongs to another module.
-    """
-    packed = read_packed(path)
-    state = _state_dict(packed)
-    if _PLAN in packed.metadata:
-        _cut(module, plan_from_text(packed.metadata[_PLAN]), state, path)
-    names = {_eager(name): name for name in module.state_dict()}
-    own = {_eager(name): tensor for name, tensor in module.state_dict().items()}
-    missing = sorted(set(own) - set(state))
-    unexpected = sorted(set(state) - set(own))
-    wrong = sorted(n for n in set(own) & set(state) if own[n].shape != state[n].shape)
-    if missing or unexpected or wrong:
-        differences: dict[str, Any] = {
-            "missing from the file": missing,
-            "only in the file": unexpected,
-            "of another shape": wrong,
-        }
-        listed = "; ".join(f"{k}: {', '.join(v[:5])}" for k, v in differences.items() if v)
-        raise PackedFileError(
-            f"{path} belongs to another module than {type(module).__name__}: {listed}"
-        )
-    module.load_state_dict({names[name]: value for name, value in state.items()})
-    return module
-
-
-def _cut(module: nn.Module, plan: Plan, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Make a module of the full size as small as one in a file; leave one that is so already."""
-    own = {_eager(name): tensor for name, tensor in module.state_dict().items()}
-    if all(name in own and name in state and own[name].shape == state[name].shape for name in plan):
-        return
-    names = {_eager(name): name for name in own}
-    try:
-        apply_plan(module, {names[name]: cuts for name, cuts in plan.items()})
-    except (KeyError, ValueError) as error:
-        raise PackedFileError(
-            f"{path} belongs to another module than {type(module).__name__}: {error}"
-        ) from error
-
-
-def _eager(name: str) -> str:
-    """The name that a tensor has where ``torch.compile`` wraps no part of the module."""
-    return name.replace("_orig_mod.", "")
-
-
-def _state_dict(packed: Packed) -> dict[str, Tensor]:
-    state = {n: e.decode() for n, e in packed.encoded.items()}
-    state.update(packed.rest)
-    state.update({alias: state[name] for alias, name in packed.aliases.items()})
-    return state
 
 
 @torch.no_grad()

@@ -1,17 +1,14 @@
-"""θ of one weight as an entry of the spec and words of the streams, and back."""
+"""θ of one weight as an entry of the spec and words of the streams."""
 
 from __future__ import annotations
 
 from lightning_condensa.deploy.spec import CombinedEntry, EncodedEntry
 from lightning_condensa.deploy.tensor_codec import (
     Parts,
-    StreamReader,
     pack_encoded,
-    unpack_encoded,
 )
 from lightning_condensa.deploy.terms import terms_fit
 from lightning_condensa.schemes import Encoding
-from lightning_condensa.schemes.combined import combined
 
 
 def pack_encoding(
@@ -38,19 +35,3 @@ def pack_encoding(
     if not terms_fit([tuple(leaf.shape for leaf in term) for term in terms], shape):
         raise ValueError(f"the factors and terms of {name!r} do not make up a weight of {shape}")
     return CombinedEntry(name, shape, terms), words
-
-
-def unpack_encoding(entry: EncodedEntry | CombinedEntry, reader: StreamReader) -> Encoding:
-    """The inverse of `pack_encoding`, but for masks.
-
-    Args:
-        entry: Consistent with the streams.
-        reader: Where its words come next.
-
-    Raises:
-        PackedFileError: If its words contradict the entry.
-    """
-    if isinstance(entry, EncodedEntry):
-        return unpack_encoded(entry, reader)
-    terms = [tuple(unpack_encoded(leaf, reader) for leaf in term) for term in entry.terms]
-    return combined(terms, entry.shape)

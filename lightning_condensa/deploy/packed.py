@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.deploy.checked_json import require_text, texts
-from lightning_condensa.deploy.container import read_container, write_container
-from lightning_condensa.deploy.encoding_codec import pack_encoding, unpack_encoding
+from lightning_condensa.deploy.chunks import compress
+from lightning_condensa.deploy.container import write_container
+from lightning_condensa.deploy.encoding_codec import pack_encoding
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed_info import PackedInfo, describe
+from lightning_condensa.deploy.packed_reader import PackedReader
 from lightning_condensa.deploy.spec import (
     Segment,
     Spec,
@@ -25,27 +26,15 @@ from lightning_condensa.deploy.spec import (
     dump_spec,
     stream_counts,
 )
-from lightning_condensa.deploy.spec_parser import check_names, parse_spec
-from lightning_condensa.deploy.streams import (
-    Chunk,
-    compress,
-    decompress,
-    join_planes,
-    joined,
-    split_planes,
-)
-from lightning_condensa.deploy.tensor_codec import (
-    StreamReader,
-    pack_rest,
-    unpack_rest,
-)
+from lightning_condensa.deploy.spec_parser import check_names
+from lightning_condensa.deploy.stored_tensor import StoredWeight, decoded
+from lightning_condensa.deploy.streams import joined, split_planes
+from lightning_condensa.deploy.tensor_codec import pack_rest
 from lightning_condensa.deploy.words import Words
 from lightning_condensa.schemes import Encoding
 
 DEFAULT_MAX_BYTES = 16 * 2**30
 """Memory that loading a file may take unless told otherwise."""
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,16 +123,17 @@ def unpack(data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Packed:
         PackedFileError: If the file is foreign, cut, damaged, inconsistent, or takes more memory.
         ImportError: If the file is compressed with zstd and zstandard is not installed.
     """
-    metadata, spec, body = _open(data)
-    if spec.memory > max_bytes:
-        raise PackedFileError(f"unpacking takes {spec.memory} bytes, max_bytes is {max_bytes}")
-    try:
-        reader = StreamReader(_read_streams(spec, body))
-        encoded = {entry.name: unpack_encoding(entry, reader) for entry in spec.encoded}
-        rest = {entry.name: unpack_rest(entry, reader) for entry in spec.rest}
-    except MemoryError:
-        raise PackedFileError(f"not enough memory: unpacking takes {spec.memory} bytes") from None
-    return Packed(encoded, rest, spec.aliases, metadata)
+    reader = PackedReader(data)
+    tensors = reader.tensors(max_bytes=max_bytes)
+    encoded: dict[str, Encoding] = {}
+    rest: dict[str, Tensor] = {}
+    with within_memory():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, StoredWeight):
+                encoded[name] = tensor.encoding()
+            else:
+                rest[name] = decoded(tensor)
+    return Packed(encoded, rest, reader.spec.aliases, reader.metadata)
 
 
 def write_packed(path: str | os.PathLike[str], packed: Packed) -> int:
@@ -180,7 +170,8 @@ def read_packed(path: str | os.PathLike[str], *, max_bytes: int = DEFAULT_MAX_BY
         ImportError: See `unpack`.
         OSError: If it cannot be read.
     """
-    return _read(path, max_bytes, lambda data: unpack(data, max_bytes=max_bytes))
+    with naming(path):
+        return unpack(_file_bytes(path, max_bytes), max_bytes=max_bytes)
 
 
 def inspect_packed(
@@ -199,45 +190,94 @@ def inspect_packed(
         PackedFileError: If it is not a packed file, or damaged.
         OSError: If it cannot be read.
     """
-    return _read(path, max_bytes, _inspect)
+    with naming(path):
+        data = _file_bytes(path, max_bytes)
+        reader = PackedReader(data)
+    return describe(reader.spec, reader.metadata, len(data))
 
 
-def _read(
-    path: str | os.PathLike[str], max_bytes: int, parse: Callable[[bytes], _Result]
-) -> _Result:
-    path = Path(path)
-    if (size := path.stat().st_size) > max_bytes:
-        raise PackedFileError(f"{path}: the file has {size} bytes, max_bytes is {max_bytes}")
-    data = path.read_bytes()
+def load_tensors(
+    path: str | os.PathLike[str],
+    names: Collection[str] | None = None,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> dict[str, Tensor]:
+    """Tensors of a packed file as they stand in a state dict: of weights, Δ(θ).
+
+    The file is read and its hash checked; beyond that, only what these tensors need is decompressed
+    and decoded.
+
+    Args:
+        path: The file.
+        names: Keys in the state dict, those of tied tensors too; ``None`` for all.
+        max_bytes: Memory that it may take, and the most that the file may have.
+
+    Returns:
+        Tensors on the CPU, in the order of ``names``; of tied ones the same.
+
+    Raises:
+        KeyError: If the file holds no tensor of such a name.
+        PackedFileError: See `unpack`; the message names the file.
+        ImportError: See `unpack`.
+        OSError: If it cannot be read.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     _ = write_packed(file.name, Packed(rest={"a": torch.ones(2), "b": torch.ones(3)}))
+        ...     load_tensors(file.name, ["b"])
+        {'b': tensor([1., 1., 1.])}
+    """
+    reader = open_packed(path, max_bytes=max_bytes)
+    aliases = reader.spec.aliases
+    known = [entry.name for entry in reader.spec.entries]
+    names = [*known, *aliases] if names is None else list(names)
+    if unknown := sorted(set(names) - {*known, *aliases}):
+        raise KeyError(f"{path} holds no tensors named {', '.join(map(ascii, unknown))}")
+    owners = {name: aliases.get(name, name) for name in names}
+    with naming(path), within_memory():
+        stored = reader.tensors(max_bytes=max_bytes, names=set(owners.values()))
+        found = {name: decoded(tensor) for name, tensor in stored.items()}
+    return {name: found[owner] for name, owner in owners.items()}
+
+
+def open_packed(
+    path: str | os.PathLike[str], *, max_bytes: int = DEFAULT_MAX_BYTES
+) -> PackedReader:
+    """Read a packed file, and check all but its tensors.
+
+    Args:
+        path: The file.
+        max_bytes: The most that it may have.
+
+    Raises:
+        PackedFileError: If it is not a packed file, or damaged; the message names it.
+        OSError: If it cannot be read.
+    """
+    with naming(path):
+        return PackedReader(_file_bytes(path, max_bytes))
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors within name the file."""
     try:
-        return parse(data)
+        yield
     except PackedFileError as error:
         raise PackedFileError(f"{path}: {error}") from None
 
 
-def _inspect(data: bytes) -> PackedInfo:
-    metadata, spec, _ = _open(data)
-    return describe(spec, metadata, len(data))
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Lack of memory within, in spite of the limit, is an error of the file."""
+    try:
+        yield
+    except MemoryError:
+        raise PackedFileError("not enough memory to decode it") from None
 
 
-def _open(data: bytes) -> tuple[dict[str, str], Spec, memoryview]:
-    metadata, blobs = read_container(data)
-    if set(blobs) != {"spec", "data"}:
-        raise PackedFileError(f"must hold spec and data, holds {sorted(blobs)!a}")
-    return metadata, parse_spec(blobs["spec"], len(blobs["data"])), blobs["data"]
-
-
-def _read_streams(spec: Spec, data: memoryview) -> dict[str, Words]:
-    streams: dict[str, Words] = {}
-    position = 0
-    for stream in spec.streams:
-        parts = []
-        for segment in stream.segments:
-            planes = []
-            for codec, size in segment.chunks:
-                chunk = Chunk(codec, data[position : position + size])
-                planes.append(decompress(chunk, segment.words))
-                position += size
-            parts.append(join_planes(planes))
-        streams[stream.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return streams
+def _file_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    path = Path(path)
+    if (size := path.stat().st_size) > max_bytes:
+        raise PackedFileError(f"the file has {size} bytes, max_bytes is {max_bytes}")
+    return path.read_bytes()

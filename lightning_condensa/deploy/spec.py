@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from lightning_condensa.deploy.checked_json import dump_json
-from lightning_condensa.deploy.words import DTYPES
+from lightning_condensa.deploy.words import DTYPES, Words, word_type
 
 VALUE_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I8", "U8")
 """Types of codes."""
@@ -71,6 +73,13 @@ class EncodedEntry:
     def storage(self) -> str:
         """How it is stored, in a word."""
         return "sparse" if self.sparse else "dense"
+
+    @property
+    def alphabet_words(self) -> Words | None:
+        """The alphabet as words of the value type."""
+        if self.alphabet is None:
+            return None
+        return np.array(self.alphabet, dtype=word_type(type_bits(self.value_type)))
 
     @property
     def leaves(self) -> tuple[EncodedEntry, ...]:
@@ -224,21 +233,6 @@ class Spec:
     def entries(self) -> tuple[Entry, ...]:
         """All tensors, in the order in which they take words from the streams."""
         return (*self.encoded, *self.rest)
-
-    @property
-    def memory(self) -> int:
-        """Bytes that unpacking takes at most: streams, tensors, and the largest work area."""
-        counts = stream_counts(self.entries)
-        streams = sum(stream_width(name) * count for name, count in counts.items())
-        rest = sum(entry.numel * type_bits(entry.dtype) // 8 for entry in self.rest)
-        # Codes and mask of each; positions as 64-bit integers, of one tensor at a time.
-        leaves = [leaf for entry in self.encoded for leaf in entry.leaves]
-        codes = sum(leaf.numel * (type_bits(leaf.value_type) // 8 + 1) for leaf in leaves)
-        positions = max((24 * (leaf.gap_bytes or 0) for leaf in leaves), default=0)
-        # A product may be much larger than its factors: it is summed up in double precision.
-        products = sum(16 * e.numel for e in self.encoded if isinstance(e, CombinedEntry))
-        # Streams twice: as planes and as words.
-        return 2 * streams + rest + codes + positions + products
 
 
 def type_bits(name: str) -> int:

@@ -19,6 +19,7 @@ from lightning_condensa.deploy.checked_json import (
     require_text,
     texts,
 )
+from lightning_condensa.deploy.chunks import CODECS, inflate
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.spec import (
     MAX_ALPHABET,
@@ -39,7 +40,6 @@ from lightning_condensa.deploy.spec import (
     stream_width,
     type_bits,
 )
-from lightning_condensa.deploy.streams import CODECS, inflate
 from lightning_condensa.deploy.terms import terms_fit
 from lightning_condensa.deploy.words import DTYPES
 

@@ -1,52 +1,25 @@
-"""Stream codecs of the packed file: positions as gaps, words as byte planes, compression.
+"""Streams of the packed file: positions as gaps, words as byte planes.
 
 Each codec is a pair of pure functions over unsigned numpy arrays.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_condensa.deploy.chunks import estimate_size
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.words import Words, word_type
 
-try:
-    import zstandard
-except ImportError:  # an extra: files are then written with zlib
-    zstandard = None  # type: ignore[assignment]
-
-CODECS = ("raw", "zlib", "zstd")
-"""How a chunk may be stored."""
+BLOCK = 1 << 15
+"""Elements that are decoded at a time."""
 
 _CONTINUE = 255
-_ZSTD_LEVEL = 19
-_ZLIB_LEVEL = 9
-_FAST_LEVEL = 1
-# The best levels manage 2 MB a second. Longer chunks are planes of nearly dense tensors, whose
-# bytes hold nothing that a long search would find: a fast level, or none where that saves nothing.
-_LONG_CHUNK = 4 << 20
-_LONG_LEVEL = 3
-_WORTHWHILE = 0.995
 # What another segment takes in the spec, about.
 _SEGMENT_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Bytes as they stand in the file.
-
-    Attributes:
-        codec: One of `CODECS`.
-        data: The stored bytes.
-    """
-
-    codec: str
-    data: bytes | memoryview
 
 
 def encode_gaps(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -72,28 +45,45 @@ def encode_gaps(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
     return stream
 
 
-def decode_gaps(stream: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The inverse of `encode_gaps`.
-
-    Args:
-        stream: ``(m,)`` bytes.
-
-    Returns:
-        ``(n,)`` strictly increasing indices, n the number of bytes below 255.
+def check_gaps(stream: NDArray[np.uint8], count: int, size: int) -> None:
+    """Check that gaps lead to ``count`` positions, all below ``size``, before they are decoded.
 
     Raises:
-        PackedFileError: If the stream ends in the middle of a gap.
+        PackedFileError: If they do not.
 
     Example:
-        >>> decode_gaps(np.array([0, 0, 3, 255, 39], np.uint8)).tolist()
-        [0, 1, 5, 300]
+        >>> check_gaps(np.array([0, 0, 3, 255, 39], np.uint8), count=4, size=301)
     """
     if len(stream) and stream[-1] == _CONTINUE:
-        raise PackedFileError("the gaps end in the middle of a gap")
-    ends = np.flatnonzero(stream != _CONTINUE)
-    indices = np.cumsum(stream, dtype=np.int64)[ends]
-    indices += np.arange(len(indices))
-    return indices
+        raise PackedFileError("its gaps end in the middle of a gap")
+    if (found := int(np.count_nonzero(stream != _CONTINUE))) != count:
+        raise PackedFileError(f"it has {found} positions, not {count}")
+    if int(stream.sum(dtype=np.int64)) + count > size:
+        raise PackedFileError(f"it has positions beyond its {size} elements")
+
+
+def positions(stream: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
+    """The inverse of `encode_gaps`, block by block, so that work stays in the processor's cache.
+
+    Args:
+        stream: ``(m,)`` bytes that do not end in the middle of a gap.
+
+    Yields:
+        Strictly increasing indices, in all as many as there are bytes below 255.
+
+    Example:
+        >>> [block.tolist() for block in positions(np.array([0, 0, 3, 255, 39], np.uint8))]
+        [[0, 1, 5, 300]]
+    """
+    last = -1
+    for begin in range(0, len(stream), BLOCK):
+        part = stream[begin : begin + BLOCK]
+        ends = part != _CONTINUE
+        indices = np.add(part, ends, dtype=np.int64)
+        indices[0] += last
+        np.cumsum(indices, out=indices)
+        last = int(indices[-1])
+        yield indices if ends.all() else indices[ends]
 
 
 def split_planes(words: Words) -> list[NDArray[np.uint8]]:
@@ -121,12 +111,14 @@ def join_planes(planes: Sequence[NDArray[np.uint8]]) -> Words:
         planes: 1, 2, 4 or 8 planes of shape ``(n,)``.
 
     Returns:
-        ``(n,)`` words in new memory.
+        ``(n,)`` words; a single plane is its own word.
 
     Example:
         >>> join_planes([np.array([2, 4], np.uint8), np.array([1, 3], np.uint8)]).tolist()
         [258, 772]
     """
+    if len(planes) == 1:
+        return planes[0]
     native = word_type(8 * len(planes))
     little = np.stack(planes, axis=1).view(native.newbyteorder("<")).reshape(-1)
     words: Words = little.astype(native, copy=False)
@@ -166,125 +158,3 @@ def _alike(first: Words, second: Words) -> bool:
     apart = sum(estimate_size(split_planes(part)) for part in (first, second))
     together = estimate_size(split_planes(np.concatenate([first, second])))
     return together <= apart + _SEGMENT_BYTES
-
-
-def compress(data: NDArray[np.uint8] | bytes) -> Chunk:
-    """The smaller of the bytes as they are and compressed: zstd-19, or zlib-9 without zstandard.
-
-    Chunks above 4 MiB get a fast level.
-
-    Args:
-        data: What to store.
-
-    Returns:
-        The chunk; ``raw`` on a tie.
-
-    Example:
-        >>> compress(b"no").codec, len(compress(bytes(1000)).data) < 30
-        ('raw', True)
-    """
-    plain = bytes(data)
-    best = _deflate(plain, fast=len(plain) > _LONG_CHUNK)
-    limit = len(plain) * (_WORTHWHILE if len(plain) > _LONG_CHUNK else 1)
-    return best if len(best.data) < limit else Chunk("raw", plain)
-
-
-def _deflate(plain: bytes, fast: bool) -> Chunk:
-    if zstandard is not None:
-        level = _LONG_LEVEL if fast else _ZSTD_LEVEL
-        return Chunk("zstd", zstandard.ZstdCompressor(level=level).compress(plain))
-    return Chunk("zlib", zlib.compress(plain, _LONG_LEVEL if fast else _ZLIB_LEVEL))
-
-
-def estimate_size(planes: Sequence[NDArray[np.uint8]]) -> int:
-    """About how many bytes `compress` would store, from a fast pass over each plane.
-
-    Args:
-        planes: What would be stored, one chunk each.
-
-    Returns:
-        Bytes.
-
-    Example:
-        >>> estimate_size([np.zeros(1000, np.uint8)]) < 30
-        True
-    """
-    size = 0
-    for plane in planes:
-        if zstandard is not None:
-            small = zstandard.ZstdCompressor(level=_FAST_LEVEL).compress(plane.data)
-        else:
-            small = zlib.compress(plane.data, _FAST_LEVEL)
-        size += min(len(plane), len(small))
-    return size
-
-
-def decompress(chunk: Chunk, size: int) -> NDArray[np.uint8]:
-    """The bytes of a chunk, never more than ``size`` of them.
-
-    Args:
-        chunk: From a file, possibly hostile.
-        size: Bytes that the file declares.
-
-    Returns:
-        ``(size,)`` bytes, read-only.
-
-    Raises:
-        PackedFileError: If the chunk does not hold exactly ``size`` bytes.
-        ImportError: If the chunk is zstd and zstandard is not installed.
-
-    Example:
-        >>> decompress(compress(bytes(1000)), 1000).any()
-        np.False_
-    """
-    if chunk.codec == "zstd":
-        plain: bytes | memoryview = _unzstd(chunk.data, size)
-    elif chunk.codec == "zlib":
-        plain = inflate(chunk.data, limit=size)
-    elif chunk.codec == "raw":
-        plain = chunk.data
-    else:
-        raise PackedFileError(f"unknown codec {chunk.codec!r}, known are {', '.join(CODECS)}")
-    if len(plain) != size:
-        raise PackedFileError(f"a {chunk.codec} chunk holds {len(plain)} bytes, {size} declared")
-    return np.frombuffer(plain, dtype=np.uint8)
-
-
-def inflate(data: bytes | memoryview, limit: int) -> bytes:
-    """Decompress one whole zlib stream of at most ``limit`` bytes.
-
-    Raises:
-        PackedFileError: If it is corrupt, cut, followed by other bytes, or holds more.
-
-    Example:
-        >>> inflate(zlib.compress(b"abc"), limit=3)
-        b'abc'
-    """
-    stream = zlib.decompressobj()
-    try:
-        # One byte beyond the limit tells "more"; a bound of 0 would mean none.
-        plain = stream.decompress(data, limit + 1)
-    except zlib.error as error:
-        raise PackedFileError(f"a zlib chunk is corrupt: {error}") from None
-    if len(plain) > limit:
-        raise PackedFileError(f"a zlib chunk holds more than the {limit} bytes allowed")
-    if not stream.eof or stream.unused_data:
-        raise PackedFileError("a zlib chunk is cut or followed by other bytes")
-    return plain
-
-
-def _unzstd(data: bytes | memoryview, size: int) -> bytes:
-    if zstandard is None:
-        raise ImportError(
-            "this packed file is compressed with zstd: pip install lightning-condensa[zstd]"
-        )
-    try:
-        declared = zstandard.frame_content_size(data)
-        if declared != size:
-            raise PackedFileError(f"a zstd chunk holds {declared} bytes, {size} declared")
-        plain: bytes = zstandard.ZstdDecompressor().decompress(
-            data, max_output_size=size, allow_extra_data=False
-        )
-    except zstandard.ZstdError as error:
-        raise PackedFileError(f"a zstd chunk is corrupt: {error}") from None
-    return plain

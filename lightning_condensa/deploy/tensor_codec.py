@@ -1,18 +1,15 @@
-"""One tensor as words of the streams of a packed file, and back."""
+"""One tensor as words of the streams of a packed file; `stored_tensor` has the way back."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_condensa.deploy.errors import PackedFileError
+from lightning_condensa.deploy.chunks import estimate_size
 from lightning_condensa.deploy.spec import (
     GAPS,
     MAX_ALPHABET,
@@ -23,53 +20,22 @@ from lightning_condensa.deploy.spec import (
     EncodedEntry,
     RestEntry,
     scale_fits,
-    stream_width,
     type_bits,
 )
-from lightning_condensa.deploy.streams import (
-    decode_gaps,
-    encode_gaps,
-    estimate_size,
-    split_planes,
-)
+from lightning_condensa.deploy.streams import encode_gaps, split_planes
 from lightning_condensa.deploy.words import (
     DTYPES,
     Words,
     dtype_name,
     tensor_to_words,
-    word_type,
-    words_to_tensor,
 )
 from lightning_condensa.schemes.encoded import Encoded
 
+_NOTICEABLE = 0.98  # Positions take time to follow: not for less than that.
 _PROBE = 4096  # words that tell whether an alphabet is worth a look at all of them
 
 Parts: TypeAlias = dict[str, Words]
 """What one tensor adds to each stream."""
-
-
-@dataclass
-class StreamReader:
-    """Hands out the words of each stream in order.
-
-    Attributes:
-        streams: All words of each stream.
-        positions: Words of each stream handed out so far.
-    """
-
-    streams: Mapping[str, Words]
-    positions: Counter[str] = field(default_factory=Counter)
-
-    def take(self, counts: Mapping[str, int]) -> Parts:
-        """The next words of each stream named in ``counts``, as views."""
-        parts: Parts = {}
-        for name, count in counts.items():
-            begin = self.positions[name]
-            self.positions[name] += count
-            # A file has no empty streams.
-            words = self.streams.get(name, np.empty(0, word_type(8 * stream_width(name))))
-            parts[name] = words[begin : begin + count]
-        return parts
 
 
 def pack_encoded(name: str, encoded: Encoded) -> tuple[EncodedEntry, Parts]:
@@ -107,7 +73,7 @@ def pack_encoded(name: str, encoded: Encoded) -> tuple[EncodedEntry, Parts]:
     # Codes that are all non-zero need no comparison, which saves the time on dense models.
     if len(values) < len(codes):
         kept = _shortest(values)
-        if estimate_size([gaps]) + kept.size < stored.size:
+        if estimate_size([gaps]) + kept.size < _NOTICEABLE * stored.size:
             stored, sparse = kept, True
     bits = 8 * stored.words.itemsize
     parts: Parts = {f"v{bits}": stored.words}
@@ -160,54 +126,6 @@ def _shortest(words: Words) -> _Stored:
     return min(plain, short, key=lambda stored: stored.size)
 
 
-def unpack_encoded(entry: EncodedEntry, reader: StreamReader) -> Encoded:
-    """The inverse of `pack_encoded`, but for the mask.
-
-    Args:
-        entry: Consistent with the streams.
-        reader: Where its words come next.
-
-    Returns:
-        The tensor; its mask is true where the bits of its codes are not zero if it is stored
-        sparse, else ``None``.
-
-    Raises:
-        PackedFileError: If its words contradict the entry.
-    """
-    parts = reader.take(entry.stored)
-    codes = parts[f"v{entry.bits}"]
-    if entry.alphabet is not None:
-        codes = _looked_up(codes, entry)
-    if np.count_nonzero(codes) != entry.nnz:
-        raise PackedFileError(f"tensor {entry.name!a} does not hold {entry.nnz} non-zero codes")
-    mask: Tensor | None = None
-    if entry.sparse:
-        support = np.zeros(entry.numel, dtype=np.bool_)
-        codes = _scatter(codes, parts[GAPS], entry, support)
-        mask = torch.from_numpy(support).reshape(entry.shape)
-    else:
-        codes = codes.copy()
-    scale: Tensor | None = None
-    if entry.scale_shape is not None:
-        scale = words_to_tensor(parts[SCALES].copy(), torch.float32, entry.scale_shape)
-    return Encoded(
-        codes=words_to_tensor(codes, DTYPES[entry.value_type], entry.shape),
-        dtype=DTYPES[entry.weight_type],
-        scale=scale,
-        mask=mask,
-        group=entry.group,
-    )
-
-
-def _looked_up(indices: Words, entry: EncodedEntry) -> Words:
-    """The codes of an alphabet that indices stand for."""
-    alphabet = np.array(entry.alphabet, dtype=word_type(type_bits(entry.value_type)))
-    if len(indices) and indices.max() >= len(alphabet):
-        raise PackedFileError(f"tensor {entry.name!a} has indices beyond its alphabet")
-    codes: Words = alphabet[indices]
-    return codes
-
-
 def pack_rest(name: str, tensor: Tensor) -> tuple[RestEntry, Parts]:
     """Any other tensor as an entry of the spec and words.
 
@@ -230,44 +148,6 @@ def pack_rest(name: str, tensor: Tensor) -> tuple[RestEntry, Parts]:
     return RestEntry(name, tuple(tensor.shape), dtype), {
         f"r{type_bits(dtype)}": tensor_to_words(tensor)
     }
-
-
-def unpack_rest(entry: RestEntry, reader: StreamReader) -> Tensor:
-    """The inverse of `pack_rest`.
-
-    Args:
-        entry: Consistent with the streams.
-        reader: Where its words come next.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        PackedFileError: If the bytes are no values of its type.
-    """
-    (words,) = reader.take(entry.stored).values()
-    if entry.dtype == "BOOL" and np.any(words > 1):
-        raise PackedFileError(
-            f"tensor {entry.name!a} is boolean but holds other bytes than 0 and 1"
-        )
-    return words_to_tensor(words.copy(), DTYPES[entry.dtype], entry.shape)
-
-
-def _scatter(values: Words, gaps: Words, entry: EncodedEntry, support: NDArray[np.bool_]) -> Words:
-    """The dense codes; ``support`` becomes true where they come from ``values``."""
-    indices = decode_gaps(gaps.astype(np.uint8, copy=False))
-    if len(indices) != entry.nnz:
-        raise PackedFileError(
-            f"tensor {entry.name!a} has {len(indices)} positions, not {entry.nnz}"
-        )
-    if len(indices) and indices[-1] >= entry.numel:
-        raise PackedFileError(
-            f"tensor {entry.name!a} has positions beyond its {entry.numel} elements"
-        )
-    codes = np.zeros(entry.numel, dtype=values.dtype)
-    codes[indices] = values
-    support[indices] = True
-    return codes
 
 
 def _storable(tensor: Tensor, what: str, types: Collection[str]) -> str:

@@ -96,3 +96,17 @@ def words_to_tensor(words: Words, dtype: torch.dtype, shape: Sequence[int]) -> T
         tensor([[1.]], dtype=torch.bfloat16)
     """
     return torch.from_numpy(words.view(np.uint8)).view(dtype).reshape(tuple(shape))
+
+
+def words_in(tensor: Tensor) -> Words:
+    """The elements of a contiguous CPU tensor as words in its own memory, to be written to.
+
+    Example:
+        >>> tensor = torch.zeros(2)
+        >>> words_in(tensor)[0] = 0x3F800000
+        >>> tensor
+        tensor([1., 0.])
+    """
+    flat = tensor.view(-1).view(torch.uint8)
+    words: Words = flat.numpy().view(word_type(8 * tensor.element_size()))
+    return words

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_condensa.deploy import streams
+from lightning_condensa.deploy import chunks
 from lightning_condensa.deploy.packed import (
     Packed,
     inspect_packed,
@@ -167,7 +167,7 @@ def test_round_trip(packed: Packed) -> None:
 @given(packeds())
 def test_round_trip_without_zstandard(packed: Packed) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "zstandard", None)
+        patch.setattr(chunks, "zstandard", None)
         data = pack(packed)
         assert_same(unpack(data), packed)
     assert_same(unpack(data), packed)

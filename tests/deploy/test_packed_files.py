@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_condensa.deploy import streams
+from lightning_condensa.deploy import chunks
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed import (
     Packed,
@@ -44,7 +44,7 @@ def test_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"scheme": "Prune", "evil": "\x1b[2J"},
     )
     size = write_packed(tmp_path / "m.condensa", packed)
-    monkeypatch.setattr(streams, "zstandard", None)
+    monkeypatch.setattr(chunks, "zstandard", None)
     info = inspect_packed(tmp_path / "m.condensa")
     weight, steps = info.tensors
     assert (weight.name, weight.shape, weight.nnz, weight.density) == ("w", (100, 10), 100, 0.1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_condensa.deploy.chunks import compress
 from lightning_condensa.deploy.container import write_container
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed import (
@@ -17,7 +18,6 @@ from lightning_condensa.deploy.packed import (
     unpack,
     write_packed,
 )
-from lightning_condensa.deploy.streams import compress
 
 
 def with_spec(spec: object, data: bytes) -> bytes:

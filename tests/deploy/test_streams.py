@@ -10,21 +10,29 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from lightning_condensa.deploy import streams
-from lightning_condensa.deploy.errors import PackedFileError
-from lightning_condensa.deploy.streams import (
+from lightning_condensa.deploy import chunks
+from lightning_condensa.deploy.chunks import (
     Chunk,
     compress,
-    decode_gaps,
     decompress,
-    encode_gaps,
     estimate_size,
     inflate,
+)
+from lightning_condensa.deploy.errors import PackedFileError
+from lightning_condensa.deploy.streams import (
+    BLOCK,
+    check_gaps,
+    encode_gaps,
     join_planes,
     joined,
+    positions,
     split_planes,
 )
 from lightning_condensa.deploy.words import Words
+
+
+def decode_gaps(stream: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *positions(stream)])
 
 
 def bytes_array(values: list[int]) -> NDArray[np.uint8]:
@@ -48,6 +56,11 @@ def test_gaps_round_trip(indices: NDArray[np.int64]) -> None:
     stream = encode_gaps(indices)
     assert stream.dtype == np.uint8
     np.testing.assert_array_equal(decode_gaps(stream), indices)
+    size = int(indices[-1]) + 1 if len(indices) else 0
+    check_gaps(stream, len(indices), size)
+    for count, elements in ((len(indices) + 1, size), (len(indices), size - 1)):
+        with pytest.raises(PackedFileError):
+            check_gaps(stream, count, elements)
     if len(indices):
         assert len(stream) <= len(indices) + (indices[-1] + 1) // 255
 
@@ -71,7 +84,17 @@ def test_gaps_by_hand(indices: list[int], stream: list[int]) -> None:
 @pytest.mark.parametrize("stream", [[255], [0, 255], [3, 255, 255]])
 def test_gaps_that_do_not_end_are_refused(stream: list[int]) -> None:
     with pytest.raises(PackedFileError, match="end in the middle"):
-        decode_gaps(bytes_array(stream))
+        check_gaps(bytes_array(stream), 1, 1_000_000)
+
+
+def test_gaps_of_several_blocks() -> None:
+    generator = np.random.default_rng(0)
+    gaps = generator.choice([0, 3, 254, 255, 300, 70_000], 100_000)
+    indices = np.cumsum(gaps + 1) - 1
+    blocks = list(positions(encode_gaps(indices)))
+    assert len(blocks) > 3
+    assert max(map(len, blocks)) <= BLOCK
+    np.testing.assert_array_equal(np.concatenate(blocks), indices)
 
 
 @given(
@@ -95,7 +118,7 @@ def test_planes_round_trip(words: Words) -> None:
 def test_compression_round_trip(with_zstd: bool, data: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if not with_zstd:
-            patch.setattr(streams, "zstandard", None)
+            patch.setattr(chunks, "zstandard", None)
         chunk = compress(data)
         assert len(chunk.data) <= len(data)
         assert chunk.codec in ("raw", "zstd" if with_zstd else "zlib")
@@ -110,7 +133,7 @@ def test_compression_keeps_the_smaller() -> None:
 
 def test_zstd_without_zstandard_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = compress(bytes(1000))
-    monkeypatch.setattr(streams, "zstandard", None)
+    monkeypatch.setattr(chunks, "zstandard", None)
     with pytest.raises(ImportError, match=r"pip install lightning-condensa\[zstd\]"):
         decompress(chunk, 1000)
 
@@ -118,7 +141,7 @@ def test_zstd_without_zstandard_names_the_extra(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("with_zstd", [True, False])
 def test_estimate_is_near_the_stored_size(with_zstd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not with_zstd:
-        monkeypatch.setattr(streams, "zstandard", None)
+        monkeypatch.setattr(chunks, "zstandard", None)
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, 10_000, dtype=np.uint8)
     gaps = rng.geometric(0.05, 10_000).astype(np.uint8)
