@@ -15,6 +15,7 @@ from lightning_condensa.deploy import (
     SparseModel,
     compare,
     load_compressed,
+    load_tensors,
     profile,
 )
 from lightning_condensa.objectives import (
@@ -79,5 +80,6 @@ __all__ = [
     "compress_ladder",
     "geometric_densities",
     "load_compressed",
+    "load_tensors",
     "profile",
 ]

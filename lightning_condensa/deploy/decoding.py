@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -14,7 +15,13 @@ from torch import Tensor
 from lightning_condensa.deploy.spec import GAPS, EncodedEntry
 from lightning_condensa.deploy.streams import BLOCK, positions
 from lightning_condensa.deploy.tensor_codec import Parts
-from lightning_condensa.deploy.words import DTYPES, Words, words_in, words_to_tensor
+from lightning_condensa.deploy.words import DTYPES, Words, word_type, words_in, words_to_tensor
+
+_WORTH_PAIRS = 1 << 19
+"""Their table takes as long as looking up an eighth of that."""
+
+_INTEGERS = {"I8": np.int8, "U8": np.uint8}
+"""Types of codes that numpy knows and that are not floating point."""
 
 _Convert: TypeAlias = Callable[[Words], Words]
 """Codes to the words of a weight without a scale."""
@@ -39,9 +46,12 @@ def decode_into(out: Tensor, entry: EncodedEntry, parts: Parts, scale: Tensor | 
     codes = parts[f"v{entry.bits}"]
     gaps = parts[GAPS].view(np.uint8)
     if scale is None:
-        convert = _conversion(entry)
+        table = _table(entry)
+        convert = _conversion(entry, table)
         if entry.sparse:
             _scatter(flat, gaps, lambda begin, block: convert(codes[begin : begin + len(block)]))
+        elif table is not None:
+            look_up(table, codes, words_in(flat))
         else:
             words = words_in(flat)
             for part in _blocks(len(codes)):
@@ -82,13 +92,50 @@ def row_length(entry: EncodedEntry) -> int | None:
     return math.prod(entry.shape[kept:]) if rows and entry.numel else None
 
 
-def _conversion(entry: EncodedEntry) -> _Convert:
-    dtype = DTYPES[entry.weight_type]
-    if (alphabet := entry.alphabet_words) is not None:
-        table = words_in(_tensor(alphabet, entry.value_type).to(dtype))
+def look_up(table: Words, indices: Words, out: Words) -> None:
+    """Table entries to where they belong, in long runs two at a time.
+
+    Args:
+        table: Up to 256 words.
+        indices: ``(n,)`` bytes, all within the table.
+        out: ``(n,)`` words to overwrite.
+
+    Example:
+        >>> out = np.zeros(3, np.uint16)
+        >>> look_up(np.array([7, 9], np.uint16), np.array([1, 0, 1], np.uint8), out)
+        >>> out.tolist()
+        [9, 7, 9]
+    """
+    pairs = len(out) // 2
+    if out.itemsize > 4 or pairs < _WORTH_PAIRS:
+        for part in _blocks(len(out)):
+            np.take(table, indices[part], out=out[part], mode="clip")
+        return
+    full = np.resize(table, 256)
+    both = np.empty((256, 256, 2), table.dtype)
+    # A pair of bytes is a number of two digits to the base of 256.
+    first, second = (0, 1) if sys.byteorder == "little" else (1, 0)
+    both[:, :, first], both[:, :, second] = full, full[:, None]
+    wide = both.reshape(-1).view(word_type(16 * out.itemsize))
+    numbers, wide_out = indices[: 2 * pairs].view(np.uint16), out[: 2 * pairs].view(wide.dtype)
+    for part in _blocks(pairs):
+        np.take(wide, numbers[part], out=wide_out[part], mode="clip")
+    np.take(table, indices[2 * pairs :], out=out[2 * pairs :], mode="clip")
+
+
+def _table(entry: EncodedEntry) -> Words | None:
+    """What each index into the alphabet decodes to."""
+    if (alphabet := entry.alphabet_words) is None:
+        return None
+    return words_in(_tensor(alphabet, entry.value_type).to(DTYPES[entry.weight_type]))
+
+
+def _conversion(entry: EncodedEntry, table: Words | None) -> _Convert:
+    if table is not None:
         return lambda indices: np.take(table, indices, mode="clip")
     if entry.value_type == entry.weight_type:
         return lambda codes: codes
+    dtype = DTYPES[entry.weight_type]
     return lambda codes: words_in(_tensor(codes, entry.value_type).to(dtype))
 
 
@@ -106,6 +153,10 @@ def _multiply(out: Tensor, codes: Words, scales: Tensor, value_type: str) -> Non
     """Rows of codes times their scales."""
     rows, columns = out.shape
     scales = scales.view(-1, 1)
+    if out.dtype == torch.float32 and value_type in _INTEGERS and bool((scales > 0).all()):
+        # Products of integers and positive numbers are never −0.0.
+        np.multiply(codes.view(_INTEGERS[value_type]), scales.numpy(), out=out.numpy())
+        return
     for across in _blocks(columns):
         step = max(BLOCK // (across.stop - across.start), 1)
         for down in _blocks(rows, step):

@@ -17,6 +17,8 @@ from lightning_condensa.deploy.packed import (
     unpack,
     write_packed,
 )
+from lightning_condensa.deploy.packed_reader import PackedReader
+from lightning_condensa.deploy.stored_tensor import decoded
 from lightning_condensa.deploy.words import DTYPES
 from lightning_condensa.schemes import Encoded, Encoding, SumOfProducts
 
@@ -161,6 +163,20 @@ def test_round_trip(packed: Packed) -> None:
     data = pack(packed)
     assert_same(unpack(data), packed)
     assert pack(packed) == data
+
+
+@settings(deadline=None)
+@given(packeds())
+def test_tensors_decode_to_the_same_bits(packed: Packed) -> None:
+    tensors = PackedReader(pack(packed)).tensors(max_bytes=2**30)
+    assert list(tensors) == [*packed.encoded, *packed.rest]
+    for name, tensor in packed.rest.items():
+        assert_same_bits(decoded(tensors[name]), tensor)
+    for name, encoding in packed.encoded.items():
+        found, expected = decoded(tensors[name]), encoding.decode()
+        # What bits a NaN has depends on the width of the processor's operation.
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert_same_bits(found.nan_to_num(nan=0.5), expected.nan_to_num(nan=0.5))
 
 
 @settings(deadline=None, max_examples=30)
