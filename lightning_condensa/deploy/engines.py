@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_condensa.deploy.export.quiet import quiet_export
 from lightning_condensa.deploy.sparse import to_sparse
 
 Engine = Literal["eager", "compile", "onnxruntime", "sparse"]
@@ -62,7 +63,7 @@ def _session(module: nn.Module, inputs: tuple[Any, ...], threads: int) -> Callab
         raise ImportError(
             "engine='onnxruntime' needs ONNX Runtime: pip install 'lightning-condensa[onnx]'"
         ) from error
-    with torch.no_grad():
+    with torch.no_grad(), quiet_export():
         program = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
     assert program is not None
     options = onnxruntime.SessionOptions()

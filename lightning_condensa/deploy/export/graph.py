@@ -11,6 +11,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from lightning_condensa.deploy.export.quiet import quiet_export
+
 #: The first with 4-bit types, and QuantizeLinear for all that is needed here.
 OPSET = 21
 
@@ -31,14 +33,15 @@ class OnnxGraph:
     """
 
     def __init__(self, program: ExportedProgram, names: Collection[str]) -> None:
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            external_data=False,
-            optimize=False,
-            opset_version=OPSET,
-            verbose=False,
-        )
+        with quiet_export():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                external_data=False,
+                optimize=False,
+                opset_version=OPSET,
+                verbose=False,
+            )
         assert exported is not None
         self.open: dict[str, ir.Value] = {}
         graph = exported.model.graph
