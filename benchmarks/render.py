@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import read_results
-from render_deploy import sparse_execution
+from render_deploy import deploy, end_to_end, sparse_execution
 from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
 from render_schemes import char_lstm, lenet300, packed, quantizers, structured
@@ -100,6 +100,8 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
     "sparse-execution": sparse_execution,
+    "deploy": deploy,
+    "end-to-end": end_to_end,
 }
 
 

@@ -51,3 +51,82 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def _repeats(results: dict[str, Any]) -> int:
     return len({r["seed"] for r in results["runs"]})
+
+
+def deploy() -> str | None:
+    """Times faster than dense in the same engine, beside the limit that operations set."""
+    results = read_results("deploy")
+    if not results:
+        return None
+    names = {"eager": "eager", "compile": "inductor", "onnxruntime": "ORT"}
+    settings = [(engine, batch) for engine in names for batch in (1, 16)]
+    rows = []
+    for case in results["cases"]:
+        dense, left = case["parameters"]
+        rows.append(
+            [
+                f"{case['network']}, **{case['method']}**",
+                f"÷ {dense / left:.1f}",
+                f"{case['flops_limit']:.1f}",
+                f"÷ {case['dense_bytes'] / case['file_bytes']:.1f}",
+                *(_times(case, "ours", setting) for setting in settings),
+            ]
+        )
+        peer = case["peer"]
+        if isinstance(peer, dict):
+            rows.append(
+                [
+                    f"{case['network']}, torch-pruning",
+                    f"÷ {dense / peer['parameters']:.1f}",
+                    f"{peer['flops_limit']:.1f}",
+                    NONE,
+                    *(_times(case, "torch-pruning", setting) for setting in settings),
+                ]
+            )
+    header = ["", "parameters", "limit", "file", *(f"{names[e]}, {b}" for e, b in settings)]
+    failed = {
+        c["network"]: c["peer"]
+        for c in results["cases"]
+        if isinstance(c["peer"], str) and c["peer"] not in ("not its job", "not installed")
+    }
+    notes = "".join(f" torch-pruning on {n}: `{why}`." for n, why in failed.items())
+    note = (
+        "\nTimes faster than the dense network in the same engine at batch 1 and 16 on one thread, "
+        "medians of rounds in which both run once; *limit*: dense operations over those left; "
+        f"*file*: the packed file against dense safetensors.{notes}\n"
+    )
+    return table(header, rows) + note + source(results)
+
+
+def _times(case: dict[str, Any], model: str, setting: tuple[str, int]) -> str:
+    for row in case["times"]:
+        if row["model"] == model and (row["engine"], row["batch"]) == setting:
+            return f"{row['times']:.2f} ×"
+    return NONE
+
+
+def end_to_end() -> str | None:
+    """Accuracy, bytes and milliseconds of networks that were trained and compressed."""
+    results = read_results("end_to_end")
+    if not results:
+        return None
+    rows = []
+    for cell in results["cells"]:
+        for model in ("dense", "compressed"):
+            found = cell[model]
+            rows.append(
+                [
+                    f"{cell['task']}, {model}",
+                    f"{found['test']:.2f} %",
+                    f"{found['ort_test']:.2f} %",
+                    f"{found['bytes']:,}",
+                    f"{found['onnx_bytes']:,}",
+                    f"{found['ms']:.3f}" if "ms" in found else NONE,
+                ]
+            )
+    header = ["", "test, torch", "test, ORT", "bytes", "bytes of ONNX", "ms in ORT"]
+    note = (
+        "\nBytes: safetensors of the dense network, packed file of the compressed one; ms: batch 1, "
+        "one thread, float32 against int8.\n"
+    )
+    return table(header, rows) + note + source(results)
