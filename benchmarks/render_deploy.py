@@ -126,7 +126,7 @@ def end_to_end() -> str | None:
             )
     header = ["", "test, torch", "test, ORT", "bytes", "bytes of ONNX", "ms in ORT"]
     note = (
-        "\nBytes: safetensors of the dense network, packed file of the compressed one; ms: batch 1, "
-        "one thread, float32 against int8.\n"
+        "\nBytes: safetensors of the dense network, packed file of the compressed one; ms: batch "
+        "1, one thread, float32 against int8.\n"
     )
     return table(header, rows) + note + source(results)
