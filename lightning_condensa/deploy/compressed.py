@@ -15,9 +15,9 @@ from lightning_condensa.deploy.densities import kept_by_pool
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.export import OnnxReport, program_bytes, require_onnx, trace
 from lightning_condensa.deploy.packed import Packed, pack, read_packed, write_packed
-from lightning_condensa.deploy.plan import Plan, apply_plan, plan_from_text, plan_to_text
+from lightning_condensa.deploy.plan import Plan, apply_plan, cuts_of, plan_from_text, plan_to_text
 from lightning_condensa.deploy.report import Report
-from lightning_condensa.deploy.shrink import shrink, shrink_theta
+from lightning_condensa.deploy.shrink import shrink_theta, shrunk
 from lightning_condensa.deploy.sparse import SparseModel, to_sparse
 from lightning_condensa.functional.placement import whole
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
@@ -41,13 +41,16 @@ class CompressedModel:
         theta: θ by parameter name.
         scheme: The scheme that made θ.
         plan: What :meth:`shrink` kept, where it has made the module smaller than its class makes
-            it: parameter → dimension → kept indices.
+            it: parameter → dimension → kept indices, attribute → number.
+        stays: Weight → why :meth:`shrink` left units in it that are zero.
 
     Attributes:
         module: The module.
         theta: θ by parameter name.
         scheme: The scheme.
         plan: The shrink plan; empty where the module has its full size.
+        stays: Weight → why :meth:`shrink` left units in it that are zero; :meth:`report` says so,
+            too.
     """
 
     def __init__(
@@ -56,11 +59,13 @@ class CompressedModel:
         theta: Mapping[str, Encoding],
         scheme: Scheme,
         plan: Plan | None = None,
+        stays: Mapping[str, str] | None = None,
     ) -> None:
         self.module = module
         self.theta = dict(theta)
         self.scheme = scheme
         self.plan = plan or {}
+        self.stays = dict(stays or {})
 
     @classmethod
     def compress(
@@ -237,7 +242,7 @@ class CompressedModel:
         limits = self.scheme.held(self.module)
         found = [*self.scheme.skipped(self.module), *limits]
         named = [s for s in found if s.name not in self.theta]
-        held: dict[str, str] = {}
+        held = dict(self.stays)
         for each in limits:
             held[each.name] = "; ".join(filter(None, [held.get(each.name), each.reason]))
         pools = () if self.plan else kept_by_pool(self.scheme.bind(self.module), self.theta)
@@ -276,8 +281,9 @@ class CompressedModel:
                 "shrink must run the model: pass example=, an input batch, or set "
                 f"{type(self.module).__name__}.example_input_array"
             )
-        module, plan = shrink(self.module, example)
-        return CompressedModel(module, shrink_theta(self.theta, plan), self.scheme, plan)
+        result = shrunk(self.module, example)
+        theta = shrink_theta(self.theta, result.plan)
+        return CompressedModel(result.module, theta, self.scheme, result.plan, result.stays)
 
     def __repr__(self) -> str:
         return f"CompressedModel({type(self.module).__name__}, {self.scheme.describe()})"
@@ -326,11 +332,17 @@ def load_compressed(path: str | Path, module: M) -> M:
 def _cut(module: nn.Module, plan: Plan, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Make a module of the full size as small as one in a file; leave one that is so already."""
     own = {_eager(name): tensor for name, tensor in module.state_dict().items()}
-    if all(name in own and name in state and own[name].shape == state[name].shape for name in plan):
+    cuts = cuts_of(plan)
+    if all(name in own and name in state and own[name].shape == state[name].shape for name in cuts):
         return
-    names = {_eager(name): name for name in own}
+    prefixes = [f"{layer}." if layer else "" for layer, _ in module.named_modules()]
+    owners = {_eager(prefix): prefix for prefix in prefixes}
+    names = {_eager(name): name for name in module.state_dict()}
     try:
-        apply_plan(module, {names[name]: cuts for name, cuts in plan.items()})
+        for name in plan.keys() - cuts.keys():
+            owner, dot, attribute = name.rpartition(".")
+            names[name] = owners[owner + dot] + attribute
+        apply_plan(module, {names[name]: change for name, change in plan.items()})
     except (KeyError, ValueError) as error:
         raise PackedFileError(
             f"{path} belongs to another module than {type(module).__name__}: {error}"
