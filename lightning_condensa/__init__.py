@@ -16,6 +16,7 @@ from lightning_condensa.deploy import (
     compare,
     load_compressed,
     profile,
+    transplant_optimizer,
 )
 from lightning_condensa.objectives import (
     FileSize,
@@ -33,6 +34,7 @@ from lightning_condensa.schemes import (
     Compose,
     FilterPrune,
     HeadPrune,
+    HiddenPrune,
     LowRank,
     NeuronPrune,
     NMPrune,
@@ -59,6 +61,7 @@ __all__ = [
     "FileSize",
     "FilterPrune",
     "HeadPrune",
+    "HiddenPrune",
     "Latency",
     "LowRank",
     "MaskedFineTune",
@@ -80,4 +83,5 @@ __all__ = [
     "geometric_densities",
     "load_compressed",
     "profile",
+    "transplant_optimizer",
 ]
