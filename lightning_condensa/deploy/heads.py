@@ -63,7 +63,7 @@ class FewerHeads(nn.MultiheadAttention):
             if key_padding_mask is not None:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         q, k, v = self._projected(query, key, value)
-        mask = self._mask(attn_mask, key_padding_mask, len(q), query)
+        mask = self._mask(attn_mask, key_padding_mask, q.shape[0], query)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -87,7 +87,7 @@ class FewerHeads(nn.MultiheadAttention):
         found = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
         for i, bias in ((1, self.bias_k), (2, self.bias_v)):
             if bias is not None:
-                found[i] = torch.cat([found[i], bias.expand(len(found[i]), -1, -1)], dim=1)
+                found[i] = torch.cat([found[i], bias.expand(found[i].shape[0], -1, -1)], dim=1)
         if self.add_zero_attn:
             found[1:] = [F.pad(t, (0, 0, 0, 1)) for t in found[1:]]
         return [t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in found]

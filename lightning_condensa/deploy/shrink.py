@@ -194,7 +194,9 @@ def _sizes(
     for path, names in attributes.items():
         owner = module.get_submodule(path)
         for name in sorted(names):
-            found[f"{path}.{name}" if path else name] = sizes[path].get(getattr(owner, name), getattr(owner, name))
+            found[f"{path}.{name}" if path else name] = sizes[path].get(
+                getattr(owner, name), getattr(owner, name)
+            )
     return found
 
 
@@ -221,7 +223,11 @@ _TIED = "they go with others that are not zero, or one has to be left"
 
 
 def _warn(module: nn.Module, reason: Exception) -> None:
-    said = str(reason) if isinstance(reason, DifferenceError) else f"the smaller module fails with {type(reason).__name__}: {reason}"
+    said = (
+        str(reason)
+        if isinstance(reason, DifferenceError)
+        else f"the smaller module fails with {type(reason).__name__}: {reason}"
+    )
     warnings.warn(
         f"{type(module).__name__} was not made smaller: {said}", UserWarning, stacklevel=4
     )

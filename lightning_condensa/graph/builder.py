@@ -116,9 +116,7 @@ class GraphBuilder:
             for group in set(groups[channels].tolist()):
                 pinned.setdefault(group, reason)
         alike = tuple(tuple(groups[each] for each in vectors) for vectors in self._alike)
-        return ChannelGraph(
-            tuple(self._definitions), groups, axes, pinned, tuple(resizes), alike
-        )
+        return ChannelGraph(tuple(self._definitions), groups, axes, pinned, tuple(resizes), alike)
 
     def _check(self, reshape: _Reshape, groups: Tensor) -> None:
         """Pin channels that a change of shape cannot follow, and note sizes that it spells out."""

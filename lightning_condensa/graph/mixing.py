@@ -95,7 +95,10 @@ def _mixed(call: Call, operands: Sequence[Tensor], factors: Sequence[int] = ()) 
     result = outputs[which].view(*sizes, 1, 1).expand(call.shape)
     for operand, dims in zip(operands, own, strict=True):
         for dim in set(along) - set(dims):  # copies of what is shared, as many as the code says
-            if operand.dim() - len(call.shape) + dim >= 0 and operand.shape[dim - len(call.shape)] > 1:
+            if (
+                operand.dim() - len(call.shape) + dim >= 0
+                and operand.shape[dim - len(call.shape)] > 1
+            ):
                 call.builder.resize(result.movedim(dim, 0).flatten(1)[:, 0], call.where)
     return result
 

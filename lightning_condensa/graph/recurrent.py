@@ -42,7 +42,9 @@ class Recurrent(Definition):
         an LSTM ``c = σ(f)·0 + σ(i)·tanh(0)``, of a GRU ``h = (1−z)·tanh(0) + z·0``. Units may read
         each other as long as all of them are of the kind.
         """
-        reads_input, reads_hidden = (self._used(tensors[n], _CONTENT[self.gates]) for n in self.weights)
+        reads_input, reads_hidden = (
+            self._used(tensors[n], _CONTENT[self.gates]) for n in self.weights
+        )
         silent = ~(reads_input & ~zero[self.inputs]).any(1)
         for name in self.biases:
             silent &= tensors[name].view(self.gates, -1)[_CONTENT[self.gates]] == 0

@@ -90,13 +90,20 @@ class HiddenPrune(JointPrune):
                     units: int = layer.hidden_size  # type: ignore[assignment]
                     spans = Spans(units, (units,) * (len(weight) // units))
                     weights, biases = (
-                        tuple(Member(names[id(p)], spans) for p in map(own.get, places) if p is not None)
+                        tuple(
+                            Member(names[id(p)], spans)
+                            for p in map(own.get, places)
+                            if p is not None
+                        )
                         for places in (
                             (f"weight_ih{place}", f"weight_hh{place}"),
                             (f"bias_ih{place}", f"bias_hh{place}"),
                         )
                     )
                     yield JointTarget(
-                        weights[0].name, tuple(weight.shape), type(layer).__name__,
-                        weights=weights, biases=biases,
+                        weights[0].name,
+                        tuple(weight.shape),
+                        type(layer).__name__,
+                        weights=weights,
+                        biases=biases,
                     )

@@ -45,7 +45,9 @@ class Training:
         for _ in range(count):
             self.optimizer.zero_grad()
             outputs = self.module(self.inputs)
-            loss = (outputs - torch.linspace(-1, 1, outputs.numel()).view_as(outputs)).square().mean()
+            loss = (
+                (outputs - torch.linspace(-1, 1, outputs.numel()).view_as(outputs)).square().mean()
+            )
             loss.backward()
             parameters = dict(self.module.named_parameters())
             for name, mask in (masks or {}).items():
@@ -69,9 +71,7 @@ def test_losses_are_those_of_the_masked_network(name: str, kind: str) -> None:
     assert smaller.plan
     small = Training(smaller.module, kind, example)
     fresh = Training(compressed.shrink().module, kind, example)
-    transplant_optimizer(
-        whole.optimizer, whole.module, small.optimizer, small.module, smaller.plan
-    )
+    transplant_optimizer(whole.optimizer, whole.module, small.optimizer, small.module, smaller.plan)
     expected = whole.steps(8, masks)
     found = small.steps(8)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
