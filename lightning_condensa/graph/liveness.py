@@ -16,7 +16,7 @@ def removable(
     """The groups of channels that no output depends on.
 
     A group goes when everything that reads one of its channels sees a zero, has a zero weight for
-    it, or goes itself. Pinned groups stay, and so does one index of every axis; of vectors that have
+    it, or goes itself. Pinned groups stay, and one index of every axis; of vectors that have
     to stay alike as many as of the longest.
 
     Args:
