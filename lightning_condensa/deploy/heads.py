@@ -11,7 +11,7 @@ class FewerHeads(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` after heads were removed.
 
     Inputs and outputs have the width they had, ``embed_dim``; heads have the size they had,
-    ``head_dim``; there are ``num_heads`` of them. Projections have as many times that rows (of
+    ``head_dim``; there are ``num_heads`` of them. Projections have ``num_heads`` times as many rows (of
     each queries, keys and values), the output projection as many columns. Parameters keep their
     names, and what a module is called with is the same.
 

@@ -40,8 +40,8 @@ class HiddenPrune(JointPrune):
         ['weight_ih_l0', 'weight_ih_l1']
 
     Attributes:
-        include: Regular expressions over the names of input weights (``rnn.weight_ih_l0``), by which
-            layers and directions go; so are ``exclude`` and ``overrides``.
+        include: Regular expressions over the names of input weights (``rnn.weight_ih_l0``), by
+            which layers and directions go; so are ``exclude`` and ``overrides``.
         types: Class names of recurrent layers and cells, or of their bases.
     """
 
