@@ -17,6 +17,7 @@ from lightning_condensa.deploy import (
     load_compressed,
     load_tensors,
     profile,
+    transplant_optimizer,
 )
 from lightning_condensa.objectives import (
     FileSize,
@@ -34,6 +35,7 @@ from lightning_condensa.schemes import (
     Compose,
     FilterPrune,
     HeadPrune,
+    HiddenPrune,
     LowRank,
     NeuronPrune,
     NMPrune,
@@ -60,6 +62,7 @@ __all__ = [
     "FileSize",
     "FilterPrune",
     "HeadPrune",
+    "HiddenPrune",
     "Latency",
     "LowRank",
     "MaskedFineTune",
@@ -82,4 +85,5 @@ __all__ = [
     "load_compressed",
     "load_tensors",
     "profile",
+    "transplant_optimizer",
 ]

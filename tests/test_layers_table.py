@@ -14,6 +14,7 @@ from lightning_condensa import (
     Codebook,
     FilterPrune,
     HeadPrune,
+    HiddenPrune,
     LowRank,
     NeuronPrune,
     NMPrune,
@@ -52,6 +53,7 @@ ROWS: Mapping[str, list[Callable[..., Scheme]]] = {
     "`FilterPrune`": [lambda dims, **types: FilterPrune(0.5, **types)],
     "`BlockPrune`": [lambda dims, **types: BlockPrune(0.5, (2,) * dims, **types)],
     "`HeadPrune`": [lambda dims, **types: HeadPrune(0.5, **types)],
+    "`HiddenPrune`": [lambda dims, **types: HiddenPrune(0.5, **types)],
     "`NMPrune`": [lambda dims, **types: NMPrune(1, 2, **types)],
     "`LowRank`": [lambda dims, **types: LowRank(rank=2, **types)],
     "`Quantize`": [

@@ -26,6 +26,7 @@ from lightning_condensa.deploy.sparse import (
     to_sparse,
 )
 from lightning_condensa.deploy.timing import Comparison, Ratio, Timing, compare
+from lightning_condensa.deploy.transplant import transplant_optimizer
 
 __all__ = [
     "Comparison",
@@ -59,6 +60,7 @@ __all__ = [
     "plan_from_json",
     "plan_to_json",
     "shrink",
+    "transplant_optimizer",
     "unpack",
     "write_packed",
 ]

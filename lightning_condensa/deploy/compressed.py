@@ -17,7 +17,7 @@ from lightning_condensa.deploy.loading import SHRINK_PLAN, eager_name
 from lightning_condensa.deploy.packed import Packed, pack, write_packed
 from lightning_condensa.deploy.plan import Plan, plan_to_text
 from lightning_condensa.deploy.report import Report
-from lightning_condensa.deploy.shrink import shrink, shrink_theta
+from lightning_condensa.deploy.shrink import shrink_theta, shrunk
 from lightning_condensa.deploy.sparse import SparseModel, to_sparse
 from lightning_condensa.functional.placement import whole
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
@@ -36,13 +36,16 @@ class CompressedModel:
         theta: θ by parameter name.
         scheme: The scheme that made θ.
         plan: What :meth:`shrink` kept, where it has made the module smaller than its class makes
-            it: parameter → dimension → kept indices.
+            it: parameter → dimension → kept indices, attribute → number.
+        stays: Weight → why :meth:`shrink` left units in it that are zero.
 
     Attributes:
         module: The module.
         theta: θ by parameter name.
         scheme: The scheme.
         plan: The shrink plan; empty where the module has its full size.
+        stays: Weight → why :meth:`shrink` left units in it that are zero; :meth:`report` says so,
+            too.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class CompressedModel:
         theta: Mapping[str, Encoding],
         scheme: Scheme,
         plan: Plan | None = None,
+        stays: Mapping[str, str] | None = None,
     ) -> None:
         self.module = module
         self.theta = dict(theta)
         self.scheme = scheme
         self.plan = plan or {}
+        self.stays = dict(stays or {})
 
     @classmethod
     def compress(
@@ -237,7 +242,7 @@ class CompressedModel:
         limits = self.scheme.held(self.module)
         found = [*self.scheme.skipped(self.module), *limits]
         named = [s for s in found if s.name not in self.theta]
-        held: dict[str, str] = {}
+        held = dict(self.stays)
         for each in limits:
             held[each.name] = "; ".join(filter(None, [held.get(each.name), each.reason]))
         pools = () if self.plan else kept_by_pool(self.scheme.bind(self.module), self.theta)
@@ -276,8 +281,9 @@ class CompressedModel:
                 "shrink must run the model: pass example=, an input batch, or set "
                 f"{type(self.module).__name__}.example_input_array"
             )
-        module, plan = shrink(self.module, example)
-        return CompressedModel(module, shrink_theta(self.theta, plan), self.scheme, plan)
+        result = shrunk(self.module, example)
+        theta = shrink_theta(self.theta, result.plan)
+        return CompressedModel(result.module, theta, self.scheme, result.plan, result.stays)
 
     def __repr__(self) -> str:
         return f"CompressedModel({type(self.module).__name__}, {self.scheme.describe()})"

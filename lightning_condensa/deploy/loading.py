@@ -17,7 +17,7 @@ from lightning_condensa.deploy.packed import (
     open_packed,
     within_memory,
 )
-from lightning_condensa.deploy.plan import Plan, apply_plan, check_plan, plan_from_text
+from lightning_condensa.deploy.plan import Plan, apply_plan, check_plan, cuts_of, plan_from_text
 from lightning_condensa.deploy.stored_tensor import StoredTensor, decoded
 
 M = TypeVar("M", bound=nn.Module)
@@ -117,15 +117,16 @@ def _match(module: nn.Module, plan: Plan, shapes: Mapping[str, Size], path: str 
     Raises:
         PackedFileError: If the module is another one than that in the file; it is then as it was.
     """
-    keys = {eager_name(key): key for key in module.state_dict()}
     states = module.state_dict().items()
     own: dict[str, Any] = {eager_name(key): getattr(v, "shape", None) for key, v in states}
-    cuts = {name: dims for name, dims in plan.items() if own.get(name) != shapes.get(name)}
+    cuts = cuts_of(plan)
+    smaller = all(own.get(name) == shapes.get(name) for name in cuts)
+    changes = {} if smaller else _named(module, plan)
     try:
-        check_plan(cuts, own)
+        check_plan(changes, module)
     except ValueError as error:
         raise _other(module, path, str(error)) from error
-    for name, dims in cuts.items():
+    for name, dims in () if smaller else cuts.items():
         own[name] = Size(len(dims.get(d, range(n))) for d, n in enumerate(own[name]))
     differences = {
         "missing from the file": sorted(set(own) - set(shapes)),
@@ -135,7 +136,17 @@ def _match(module: nn.Module, plan: Plan, shapes: Mapping[str, Size], path: str 
     listed = "; ".join(f"{k}: {', '.join(v[:5])}" for k, v in differences.items() if v)
     if listed:
         raise _other(module, path, listed)
-    apply_plan(module, {keys[name]: dims for name, dims in cuts.items()})
+    apply_plan(module, changes)
+
+
+def _named(module: nn.Module, plan: Plan) -> Plan:
+    """A plan in the names of a module of which parts may be compiled."""
+    names = {eager_name(key): key for key in module.state_dict()}
+    owners = {eager_name(f"{path}."): f"{path}." for path, _ in module.named_modules() if path}
+    for name in plan.keys() - cuts_of(plan).keys():  # attributes
+        owner, dot, attribute = name.rpartition(".")
+        names[name] = owners.get(owner + dot, owner + dot) + attribute
+    return {names.get(name, name): change for name, change in plan.items()}
 
 
 def _other(module: nn.Module, path: str | Path, why: str) -> PackedFileError:

@@ -1,4 +1,8 @@
-"""A shrink plan: which indices of which tensors are kept; how a module is cut by it."""
+"""A shrink plan: which indices of which tensors are kept; how a module is cut by it.
+
+A plan says of parameters and buffers which indices are kept, and of attributes of the user's
+modules, which repeat a size that got smaller, what they become.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_condensa.deploy.checked_json import (
     dump_json,
@@ -21,24 +23,28 @@ from lightning_condensa.deploy.checked_json import (
     require_object,
 )
 from lightning_condensa.deploy.errors import PackedFileError
+from lightning_condensa.deploy.sizes import correct_sizes, own_shapes
 from lightning_condensa.deploy.spec import MAX_DIMENSIONS, MAX_NUMEL, MAX_SPEC_BYTES
 from lightning_condensa.graph import ChannelGraph
-from lightning_condensa.graph.liveness import removable
 
 #: Parameter or buffer → dimension → indices that are kept, ascending.
-Plan: TypeAlias = Mapping[str, Mapping[int, Sequence[int]]]
+Cuts: TypeAlias = Mapping[str, Mapping[int, Sequence[int]]]
+#: The same, and attribute → the number that it becomes, of modules that hold a size themselves.
+Plan: TypeAlias = Mapping[str, Mapping[int, Sequence[int]] | int]
 
 
-def make_plan(
-    graph: ChannelGraph, tensors: Mapping[str, Tensor]
-) -> dict[str, dict[int, list[int]]]:
-    """The plan that takes out every channel that no output depends on.
+def cuts_of(plan: Plan) -> dict[str, Mapping[int, Sequence[int]]]:
+    """The part of a plan that is about parameters and buffers."""
+    return {name: dims for name, dims in plan.items() if not isinstance(dims, int)}
+
+
+def make_cuts(graph: ChannelGraph, gone: Tensor) -> dict[str, dict[int, list[int]]]:
+    """What is kept of parameters and buffers where channels are taken out.
 
     Args:
         graph: The channels of a module.
-        tensors: Its parameters and buffers by name, on the CPU.
+        gone: The groups that go: see :func:`~lightning_condensa.graph.liveness.removable`.
     """
-    gone = removable(graph, tensors)
     plan: dict[str, dict[int, list[int]]] = {}
     for (name, dim), groups in graph.axes.items():
         if bool(gone[groups].any()):
@@ -51,8 +57,9 @@ def make_plan(
 def apply_plan(module: nn.Module, plan: Plan) -> None:
     """Cut a module, in place, and correct what its layers say about their sizes.
 
-    Layers of torch are corrected (``in_features``, ``groups``, …); an attribute of the module's own
-    that repeats such a size is not.
+    Layers of torch are corrected (``in_features``, ``groups``, …), and where heads are gone
+    ``nn.MultiheadAttention`` becomes :class:`~lightning_condensa.deploy.heads.FewerHeads`;
+    attributes of the module's own are set as the plan says.
 
     Args:
         module: A module of the class and size that the plan was made of.
@@ -69,9 +76,10 @@ def apply_plan(module: nn.Module, plan: Plan) -> None:
         (Linear(in_features=4, out_features=2, bias=True), torch.Size([1, 2]))
     """
     tensors = dict(_tensors(module))
-    check_plan(plan, {name: tensor.shape for name, tensor in tensors.items()})
-    before = {layer: _weight_shape(layer) for layer in module.modules()}
-    smaller = {id(tensors[name]): cut(tensors[name], dims) for name, dims in plan.items()}
+    check_plan(plan, module)
+    before = [(layer, own_shapes(layer)) for layer in module.modules()]
+    cuts = cuts_of(plan)
+    smaller = {id(tensors[name]): cut(tensors[name], dims) for name, dims in cuts.items()}
     for name, tensor in tensors.items():  # all names of a tied one
         if id(tensor) in smaller:
             owner, _, attribute = name.rpartition(".")
@@ -80,14 +88,28 @@ def apply_plan(module: nn.Module, plan: Plan) -> None:
                 value = nn.Parameter(value, tensor.requires_grad)
                 smaller[id(tensor)] = value
             setattr(module.get_submodule(owner), attribute, value)
-    for layer, shape in before.items():
-        if _weight_shape(layer) != shape:
-            _correct(layer, shape)
+    for layer, shapes in reversed(before):  # parts first
+        correct_sizes(layer, shapes)
+    for name, size in plan.items():
+        if isinstance(size, int):
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, size)
 
 
-def check_plan(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise ``ValueError`` unless a plan fits tensors of these shapes."""
+def check_plan(plan: Plan, module: nn.Module) -> None:
+    """Raise ``ValueError`` unless a plan fits a module."""
+    shapes = {name: tensor.shape for name, tensor in _tensors(module)}
+    layers = dict(module.named_modules(remove_duplicate=False))
     for name, dims in plan.items():
+        if isinstance(dims, int):
+            owner, _, attribute = name.rpartition(".")
+            held = vars(layers[owner]).get(attribute) if owner in layers else None
+            if type(held) is not int or not 1 <= dims <= held:
+                raise ValueError(
+                    f"the plan sets {name!a} to {dims}, where the module holds {held!a}: "
+                    "it can only make an attribute smaller that is a number"
+                )
+            continue
         if name not in shapes:
             raise ValueError(f"the plan cuts {name!a}, which the module does not have")
         for dim, kept in dims.items():
@@ -121,18 +143,24 @@ def plan_to_json(plan: Plan) -> str:
         >>> plan_to_json({"0.weight": {0: [0, 2]}})
         '{"0.weight":{"0":[0,2]}}'
     """
-    plain = {n: {str(d): list(kept) for d, kept in dims.items()} for n, dims in plan.items()}
+    plain = {
+        n: dims if isinstance(dims, int) else {str(d): list(kept) for d, kept in dims.items()}
+        for n, dims in plan.items()
+    }
     return dump_json(plain).decode()
 
 
-def plan_from_json(text: str) -> dict[str, dict[int, list[int]]]:
+def plan_from_json(text: str) -> dict[str, dict[int, list[int]] | int]:
     """The plan that :func:`plan_to_json` wrote.
 
     Raises:
         PackedFileError: If the text is none.
     """
-    plan: dict[str, dict[int, list[int]]] = {}
+    plan: dict[str, dict[int, list[int]] | int] = {}
     for name, dims in require_object(load_json(text.encode(), "the plan"), "the plan").items():
+        if isinstance(dims, int):
+            plan[name] = require_count(dims, f"the attribute {name!a}", MAX_NUMEL)
+            continue
         cuts = require_object(dims, f"the plan of {name!a}")
         plan[name] = {
             _dimension(dim): [
@@ -148,7 +176,7 @@ def plan_to_text(plan: Plan) -> str:
     return base64.b64encode(zlib.compress(plan_to_json(plan).encode(), 9)).decode()
 
 
-def plan_from_text(text: str) -> dict[str, dict[int, list[int]]]:
+def plan_from_text(text: str) -> dict[str, dict[int, list[int]] | int]:
     """The plan that :func:`plan_to_text` wrote.
 
     Raises:
@@ -174,32 +202,3 @@ def _dimension(text: str) -> int:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
-
-
-def _weight_shape(layer: nn.Module) -> torch.Size | None:
-    for name in ("weight", "running_mean"):
-        tensor = getattr(layer, name, None)
-        if isinstance(tensor, Tensor):
-            return tensor.shape
-    return None
-
-
-def _correct(layer: nn.Module, before: torch.Size | None) -> None:
-    """Let the attributes of a layer agree with its weight, which had another shape before."""
-    shape = _weight_shape(layer)
-    assert shape is not None and before is not None
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = shape
-    elif isinstance(layer, _ConvNd):
-        layer.groups = shape[0] * layer.groups // before[0] if layer.groups > 1 else 1
-        sizes = [shape[0], shape[1] * layer.groups]
-        if isinstance(layer, _ConvTransposeNd):
-            layer.in_channels, layer.out_channels = sizes
-        else:
-            layer.out_channels, layer.in_channels = sizes
-    elif isinstance(layer, _NormBase):
-        layer.num_features = shape[0]
-    elif isinstance(layer, nn.PReLU):
-        layer.num_parameters = shape[0]
-    elif isinstance(layer, nn.Embedding):
-        layer.embedding_dim = shape[1]

@@ -39,7 +39,7 @@ def inside(mask: Tensor, values: Tensor) -> Tensor:
         return values.view(bits).bitwise_and(numbers(mask, bits).neg_()).view(values.dtype)
     result = torch.empty_like(values)  # fresh memory is dear: none for what is in between
     length = chunk_length(values)
-    flat = (t.view(-1).split(length) for t in (values.view(bits), mask, result.view(bits)))
+    flat = (torch.split(t.view(-1), length) for t in (values.view(bits), mask, result.view(bits)))
     for piece, kept, out in zip(*flat, strict=True):
         torch.bitwise_and(piece, numbers(kept, bits).neg_(), out=out)
     return result

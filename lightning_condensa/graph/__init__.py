@@ -4,8 +4,9 @@ Depends on torch alone. :func:`trace` follows the channels of a module through i
 schemes prune by it, and :mod:`lightning_condensa.deploy` removes by it.
 """
 
-from lightning_condensa.graph.channels import FIXED, ChannelGraph
+from lightning_condensa.graph.channels import FIXED, ChannelGraph, Resize
 from lightning_condensa.graph.definitions import Norm, Product, Removal
+from lightning_condensa.graph.liveness import removable
 from lightning_condensa.graph.trace import (
     TraceError,
     evaluating,
@@ -20,9 +21,11 @@ __all__ = [
     "Norm",
     "Product",
     "Removal",
+    "Resize",
     "TraceError",
     "evaluating",
     "example_arguments",
+    "removable",
     "trace",
     "trace_example",
 ]

@@ -21,6 +21,26 @@ FIXED = 0
 
 
 @dataclass(frozen=True, eq=False)
+class Resize:
+    """A size that code spells out.
+
+    Attributes:
+        path: Name of the module whose forward pass does.
+        layer: The class of that module.
+        groups: The group at each index of the dimension that has this size.
+    """
+
+    path: str
+    layer: str
+    groups: Tensor
+
+    @property
+    def reason(self) -> str:
+        """Why channels stay where the size cannot follow."""
+        return f"{self.layer}.forward spells out a size that no attribute of it can change"
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """The channels of a module, and what ties them together.
 
@@ -32,6 +52,9 @@ class ChannelGraph:
         groups: The group of each channel, shape ``(channels,)``.
         axes: Parameter or buffer, dimension → the group at each index.
         pinned: Groups that cannot be removed, with the reason.
+        resizes: Sizes that code spells out, which have to follow when groups are removed.
+        alike: Vectors of groups of which as many have to be left: the hidden units of all layers of
+            an LSTM.
 
     Example:
         >>> from lightning_condensa.graph import trace
@@ -48,6 +71,8 @@ class ChannelGraph:
     groups: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
     axes: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     pinned: Mapping[int, str] = field(default_factory=lambda: {FIXED: "an input or a constant"})
+    resizes: tuple[Resize, ...] = ()
+    alike: tuple[tuple[Tensor, ...], ...] = ()
 
     @property
     def products(self) -> tuple[Product, ...]:

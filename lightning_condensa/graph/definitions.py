@@ -10,13 +10,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 #: The channels that are zero whenever a channel is; ``None`` where nothing makes it zero.
 Origins = frozenset[int] | None
+
+
+class Reads(NamedTuple):
+    """Which inputs the outputs of an operator depend on.
+
+    Attributes:
+        inputs: Channels, shape ``(groups, inputs)``.
+        outputs: Channels, shape ``(groups, outputs)``.
+        connected: Boolean, shape ``(groups, outputs, inputs)``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    connected: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,15 @@ class Definition(ABC):
             zero: Which of all earlier channels are, boolean.
             tensors: Parameters and buffers by name.
         """
+
+    def reads(self, zero: Tensor, tensors: Mapping[str, Tensor]) -> list[Reads]:
+        """Which inputs each output depends on, where those are groups of their own.
+
+        Args:
+            zero: Which of all channels are zero for every input, boolean.
+            tensors: Parameters and buffers by name.
+        """
+        return []
 
     @abstractmethod
     def origins(self, origins: Sequence[Origins], removal: Removal) -> list[Origins]:
@@ -89,6 +112,11 @@ class Product(Definition):
         reads = self.connected(tensors[self.weight]) & ~zero[self.inputs][:, None]
         silent = ~reads.any(2).flatten()
         return silent if self.bias is None else silent & (tensors[self.bias] == 0)
+
+    def reads(self, zero: Tensor, tensors: Mapping[str, Tensor]) -> list[Reads]:
+        """Inputs that are not zero, through weights that are not zero."""
+        connected = self.connected(tensors[self.weight]) & ~zero[self.inputs][:, None]
+        return [Reads(self.inputs, self.outputs.view(len(self.inputs), -1), connected)]
 
     def origins(self, origins: Sequence[Origins], removal: Removal) -> list[Origins]:
         """The units themselves."""

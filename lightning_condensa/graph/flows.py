@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lightning_condensa.graph.builder import GraphBuilder, compact, varying
+from lightning_condensa.graph.builder import GraphBuilder, Where, compact, varying
 from lightning_condensa.graph.channels import FIXED
 from lightning_condensa.graph.definitions import Elementwise
 
@@ -31,6 +31,17 @@ class Named:
 
     name: str
     shape: torch.Size
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """One flow for each layer, stacked along a dimension before the first of each.
+
+    Attributes:
+        flows: The flows; their channels differ, but as many have to be left of each.
+    """
+
+    flows: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,14 @@ class Call:
         """The shape of the result."""
         shape: torch.Size = self.node.meta["val"].shape
         return shape
+
+    @property
+    def where(self) -> Where:
+        """Who calls it."""
+        stack = self.node.meta.get("nn_module_stack") or {"": ("", "")}
+        path, layer = list(stack.values())[-1]
+        name = layer if isinstance(layer, str) else layer.__name__
+        return Where(self.name, path, name.rpartition(".")[2])
 
     def arg(self, index: int, default: Any = None) -> Any:
         """A positional argument, or its default where it was not given."""
@@ -117,7 +136,7 @@ def merged(call: Call, flow: Tensor, dim: int) -> Tensor:
 
 def unknown(call: Call) -> Any:
     """Pin all that an operator touches."""
-    for value in _flat([*call.args, *call.keywords]):
+    for value in flat([*call.args, *call.keywords]):
         if isinstance(value, Named):
             call.builder.fix(value.name, value.shape)
         elif isinstance(value, Tensor):
@@ -132,10 +151,13 @@ def constants(value: Any) -> Any:
     return fixed(value.shape) if isinstance(value, Tensor) else value
 
 
-def _flat(values: Any) -> Iterator[Any]:
+def flat(values: Any) -> Iterator[Any]:
+    """The leaves of nested lists."""
     for value in values:
         if isinstance(value, list | tuple):
-            yield from _flat(value)
+            yield from flat(value)
+        elif isinstance(value, Layers):
+            yield from value.flows
         else:
             yield value
 

@@ -47,7 +47,7 @@ def _reshaped(call: Call) -> Any:
     kept = [flow.shape[d] for d in before] == [result.shape[d] for d in after]
     # As everybody writes it: sizes that stay are read from the input, others are -1.
     if not kept and not (len(after) == 1 and asked[after[0]] == -1):
-        call.builder.pin(flow, f"brought into a fixed shape by {call.name}")
+        call.builder.reshape(flow, result, asked, call.where)
     return result
 
 
@@ -64,7 +64,7 @@ def _cut(call: Call) -> Any:
     dim = call.arg(2 if "split" in call.name else 1, 0)
     whole = isinstance(result, Tensor) and result.shape == flow.shape
     if varies(flow, [dim]) and not whole:
-        call.builder.pin(flow, f"cut at a fixed position by {call.name}")
+        call.builder.cut(flow, dim % flow.dim(), f"cut at a fixed position by {call.name}")
     return result
 
 

@@ -17,12 +17,20 @@ from torch.utils import _pytree as pytree
 
 from lightning_condensa.graph.builder import GraphBuilder
 from lightning_condensa.graph.channels import ChannelGraph
-from lightning_condensa.graph.flows import Call, Named, Rule, constants, unknown
+from lightning_condensa.graph.flows import Call, Layers, Named, Rule, constants, flat, unknown
 from lightning_condensa.graph.layers import LAYER_RULES
+from lightning_condensa.graph.mixing import MIXING_RULES
 from lightning_condensa.graph.movement import MOVEMENT_RULES
 from lightning_condensa.graph.pointwise import POINTWISE_RULES, pointwise
+from lightning_condensa.graph.recurrent import RECURRENT_RULES, STATE_RULES
 
-_RULES: Mapping[str, Rule] = {**LAYER_RULES, **MOVEMENT_RULES, **POINTWISE_RULES}
+_RULES: Mapping[str, Rule] = {
+    **LAYER_RULES,
+    **MOVEMENT_RULES,
+    **MIXING_RULES,
+    **POINTWISE_RULES,
+    **RECURRENT_RULES,
+}
 #: Operators that compute a graph of their own.
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 #: Assertions that an export leaves behind.
@@ -121,9 +129,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def _walk(program: torch.export.ExportedProgram, module: nn.Module) -> ChannelGraph:
     builder = GraphBuilder()
-    for output in pytree.tree_leaves(
-        _follow(program.graph_module, _inputs(program, module), builder)
-    ):
+    program.graph_module.graph.eliminate_dead_code()
+    outputs = _follow(program.graph_module, _inputs(program, module), builder)
+    for output in flat(pytree.tree_leaves(outputs)):
         if isinstance(output, Tensor):
             builder.pin(output, "an output of the network")
     return builder.finish()
@@ -164,6 +172,8 @@ def _region(call: Call) -> Any:
 def _rule(call: Call) -> Rule:
     if call.name in _REGIONS:
         return _region
+    if call.args and isinstance(call.args[0], Layers):
+        return STATE_RULES.get(call.name, unknown)
     rule = _RULES.get(call.name) or _RULES.get(call.name.removesuffix("_"))
     if rule is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
         rule = pointwise

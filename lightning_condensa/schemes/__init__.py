@@ -10,6 +10,7 @@ from lightning_condensa.schemes.encoded import Encoded
 from lightning_condensa.schemes.encoding import Encoding
 from lightning_condensa.schemes.finite import NotFiniteError
 from lightning_condensa.schemes.heads import HeadPrune
+from lightning_condensa.schemes.hidden import HiddenPrune
 from lightning_condensa.schemes.lowrank import LowRank
 from lightning_condensa.schemes.prune import Prune
 from lightning_condensa.schemes.quantize import Quantize
@@ -29,6 +30,7 @@ __all__ = [
     "Encoding",
     "FilterPrune",
     "HeadPrune",
+    "HiddenPrune",
     "LowRank",
     "NMPrune",
     "NeuronPrune",

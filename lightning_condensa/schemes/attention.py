@@ -33,7 +33,7 @@ ROLES = ("q", "k", "v", "qkv", "head", "o")
 _INPUT_FIRST = ("Conv1D",)
 
 #: Attributes that hold a number of query heads.
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 
 
 def _separate(query: str, key: str, value: str, out: str) -> dict[str, str]:
@@ -131,7 +131,7 @@ class Attention:
         if heads is None:
             raise SelectionError(
                 f"{self.path or self.layer} does not say how many heads it has "
-                f"(attributes {', '.join(_HEAD_COUNTS)}): give num_heads="
+                f"(attributes {', '.join(HEAD_COUNTS)}): give num_heads="
             )
         extents = {p.role: p.shape[p.dim] for p in self.parts if not p.bias}
         fused = extents.get("qkv", extents.get("head"))
@@ -226,7 +226,7 @@ def _count(owners: Sequence[object], given: int | str | None) -> int | None:
     """The number of heads: as given, or by the first attribute of an owner, or of its config."""
     if isinstance(given, int):
         return given
-    names = _HEAD_COUNTS if given is None else (given,)
+    names = HEAD_COUNTS if given is None else (given,)
     places = [*owners, *(getattr(owner, "config", None) for owner in owners)]
     values = (_at(place, name) for place in places for name in names)
     return next((v for v in values if type(v) is int and v > 0), None)

@@ -186,6 +186,8 @@ def _reasons(
     """The groups that cannot be taken out, with the reason."""
     origins = graph.origins(Removal({t.name: with_biases for t in targets}, with_norms))
     reasons = dict(graph.pinned)
+    for resize in graph.resizes:
+        reasons.update(dict.fromkeys(resize.groups.tolist(), resize.reason))
     for product in graph.products:
         for channel in set(product.inputs.flatten().tolist()):
             if origins[channel] is None:

@@ -186,14 +186,6 @@ def test_halves_of_a_gated_unit_are_tied() -> None:
     wide = graph.axes["wide.weight", 0]
     assert torch.equal(wide[:8], wide[8:])
     assert tied(graph, ("table.weight", 1), ("wide.weight", 1))
-    assert reasons(graph, "narrow.weight", 0) == {
-        "used by lstm, through which no channel is followed"
-    }
-    assert not any(
-        name.startswith("recurrent") and graph.pinned.get(int(g)) is None
-        for (name, _), groups in graph.axes.items()
-        for g in groups
-    )
 
 
 def test_equal_parts_lose_the_same() -> None:
