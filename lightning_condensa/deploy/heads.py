@@ -90,7 +90,7 @@ class FewerHeads(nn.MultiheadAttention):
                 found[i] = torch.cat([found[i], bias.expand(found[i].shape[0], -1, -1)], dim=1)
         if self.add_zero_attn:
             found[1:] = [F.pad(t, (0, 0, 0, 1)) for t in found[1:]]
-        return [t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in found]
+        return [torch.unflatten(t, -1, (-1, self.head_dim)).transpose(1, 2) for t in found]
 
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, batch: int, like: Tensor

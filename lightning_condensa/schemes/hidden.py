@@ -27,8 +27,8 @@ class HiddenPrune(JointPrune):
 
     Of a removed unit the rows of all gates, in the weights of inputs and of hidden units, are zero,
     with their biases. Then its state, which starts as zero, stays zero: of an LSTM
-    ``c = σ(0)·0 + σ(0)·tanh(0)``, of a GRU ``h = (1 − σ(0))·tanh(0) + σ(0)·0``. A unit is scored over
-    all of these weights.
+    ``c = σ(0)·0 + σ(0)·tanh(0)``, of a GRU ``h = (1 − σ(0))·tanh(0) + σ(0)·0``. A unit is scored
+    over all of these weights.
 
     Each layer and direction has units of its own. One ``hidden_size`` holds for all layers of a
     module, so that :meth:`~lightning_condensa.CompressedModel.shrink` takes as many out of each as
