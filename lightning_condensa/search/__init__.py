@@ -2,6 +2,12 @@
 
 from lightning_condensa.schemes import Choice, Range
 from lightning_condensa.search.condensa_search import CondensaSearch
+from lightning_condensa.search.executors import (
+    DaskExecutor,
+    ProcessPool,
+    RayExecutor,
+    SubmititExecutor,
+)
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
 from lightning_condensa.search.strategies import Strategy, make_strategy
@@ -11,11 +17,15 @@ __all__ = [
     "Choice",
     "CondensaSearch",
     "Curve",
+    "DaskExecutor",
     "Observation",
     "Problem",
+    "ProcessPool",
     "Range",
+    "RayExecutor",
     "SearchResult",
     "Strategy",
+    "SubmititExecutor",
     "Trial",
     "make_strategy",
 ]

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_condensa.search.result import SearchResult
+from lightning_condensa.search.result import SearchResult, Trial
 
 log = logging.getLogger(__name__)
 
 
-def log_overview(directory: Path, result: SearchResult) -> None:
-    """Scalars of the latest trial, and the search's figure where matplotlib is installed.
+def log_overview(directory: Path, result: SearchResult, trial: Trial) -> None:
+    """Scalars of a trial, and the search's figure where matplotlib is installed.
 
     Args:
         directory: Of the TensorBoard run.
-        result: The search so far, with at least one trial.
+        result: The search so far.
+        trial: The trial that has ended.
     """
-    trial = result.trials[-1]
     writer = SummaryWriter(str(directory))
     try:
         scalars = {
