@@ -10,11 +10,13 @@ from lightning_condensa.search.executors import (
 )
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
+from lightning_condensa.search.sampler import CondensaSampler
 from lightning_condensa.search.strategies import Strategy, make_strategy
 
 __all__ = [
     "Baseline",
     "Choice",
+    "CondensaSampler",
     "CondensaSearch",
     "Curve",
     "DaskExecutor",

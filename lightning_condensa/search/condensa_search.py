@@ -187,9 +187,7 @@ class CondensaSearch:
             formulation = Formulation(
                 self.space, self.objective, model, baseline, self.mode, self.tolerance, self.z
             )
-            task = SearchRun(self, store, model, data, formulation, progress)
-            task.run()
-        return task.result()
+            return SearchRun(self, store, model, data, formulation, progress).run()
 
     def _check(
         self, model: object, train: Any, val: Any, datamodule: pl.LightningDataModule | None

@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 from lightning_condensa.search.dispatch import Dispatcher
 from lightning_condensa.search.executors import InProcess
 from lightning_condensa.search.formulation import Formulation
-from lightning_condensa.search.overview import log_overview
+from lightning_condensa.search.overview import Overview
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.progress import SearchProgress
-from lightning_condensa.search.result import SearchResult, Trial, show
+from lightning_condensa.search.result import Curve, SearchResult, Trial, show
 from lightning_condensa.search.store import Record, Started, Store
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
 from lightning_condensa.search.views import believed_curve, trial_of
@@ -46,10 +46,19 @@ class SearchRun:
         self.search, self.store, self.model, self.data = search, store, model, data
         self.formulation, self.progress = formulation, progress
         self.distributions = search.space.distributions()
+        self.overview = Overview(search.dirpath / "overview")
 
-    def run(self) -> None:
+    def run(self) -> SearchResult:
         """Run trials until the budget is spent or nothing is left to try."""
+        before = len(self.store.records())
         self._resume()
+        self._fly()
+        result = self.result()
+        if len(result.trials) > before:
+            self.overview.draw(result)
+        return result
+
+    def _fly(self) -> None:
         search = self.search
         executor = search.executor or InProcess()
         with Dispatcher(executor, search.parallel, self.progress.print) as dispatcher:
@@ -141,10 +150,12 @@ class SearchRun:
             variance=self.formulation.baseline.variance,
             violation=self.formulation.violation(outcome.metric),
         )
-        result = self.result()
+        result = self._result(None)
         ended = next(t for t in result.trials if t.number == trial.number)
         self.progress.print(_line(result, ended))
-        log_overview(self.search.dirpath / "overview", result, ended)
+        self.overview.log(result, ended)
+        if self.overview.due:
+            self.overview.draw(self.result())
 
     def _show(self, flying: dict[int, Started]) -> None:
         running = "; ".join(f"trial {n}: {show(t.values)}" for n, t in flying.items())
@@ -152,6 +163,10 @@ class SearchRun:
 
     def result(self) -> SearchResult:
         """The search as the study holds it."""
+        history = self._history(self.store.records())
+        return self._result(believed_curve(self.formulation, history, self.search.seed))
+
+    def _result(self, curve: Curve | None) -> SearchResult:
         search, formulation = self.search, self.formulation
         records = self.store.records()
         return SearchResult(
@@ -164,7 +179,7 @@ class SearchRun:
             objective=search.objective.name,
             direction=search.objective.direction,
             unit=search.objective.unit,
-            curve=believed_curve(formulation, self._history(records), search.seed),
+            curve=curve,
         )
 
 
