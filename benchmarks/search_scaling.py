@@ -2,8 +2,8 @@
 
 Run ``python benchmarks/search_scaling.py --seconds 20``. Trials sleep, so that two cores suffice
 for any number of workers. Efficiency is that of the whole ``fit``, with workers that have started:
-the sleep of all trials, divided by workers and by the time that ``fit`` took; and against ``fit`` on
-one worker.
+the sleep of all trials, divided by workers and by the time that ``fit`` took; and against ``fit``
+on one worker.
 """
 
 from __future__ import annotations
