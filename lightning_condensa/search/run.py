@@ -64,18 +64,24 @@ class SearchRun:
         with Dispatcher(executor, search.parallel, self.progress.print) as dispatcher:
             flying: dict[int, Started] = {}
             try:
-                while True:
-                    while dispatcher.room and (trial := self._start(dispatcher.running)):
-                        flying[trial.number] = trial
-                        self._show(flying)
-                        dispatcher.submit(self._job(trial, dispatcher.local))
-                    if not dispatcher.running:
-                        return
+                self._fill(dispatcher, flying)
+                while dispatcher.running:
                     job, outcome = dispatcher.next()
-                    self._record(flying.pop(job.number), outcome)
+                    trial = flying.pop(job.number)
+                    self._record(trial, outcome)
+                    if not dispatcher.local:
+                        self._fill(dispatcher, flying)  # workers do not wait for what is told
+                    self._tell(trial)
+                    self._fill(dispatcher, flying)
             finally:  # Ctrl-C, say: what has ended is kept, what runs is for the next time
                 for job, outcome in dispatcher.ended():
                     self._record(flying.pop(job.number), outcome)
+
+    def _fill(self, dispatcher: Dispatcher, flying: dict[int, Started]) -> None:
+        while dispatcher.room and (trial := self._start(dispatcher.running)):
+            flying[trial.number] = trial
+            self._show(flying)
+            dispatcher.submit(self._job(trial, dispatcher.local))
 
     def _resume(self) -> None:
         requeued = []
@@ -83,6 +89,7 @@ class SearchRun:
             outcome = read_outcome(self._directory(trial.number), trial.stamp)
             if outcome is not None:  # it ended while nobody listened
                 self._record(trial, outcome)
+                self._tell(trial)
             else:
                 self.store.requeue(trial)
                 requeued.append(trial.number)
@@ -150,6 +157,8 @@ class SearchRun:
             variance=self.formulation.baseline.variance,
             violation=self.formulation.violation(outcome.metric),
         )
+
+    def _tell(self, trial: Started) -> None:
         result = self._result(None)
         ended = next(t for t in result.trials if t.number == trial.number)
         self.progress.print(_line(result, ended))

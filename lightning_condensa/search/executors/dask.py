@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -32,6 +33,7 @@ class DaskExecutor(Executor):
         require("distributed", "distributed")
         self._client = client
         self._executor = client.get_executor(pure=False, **options)
+        self._flying: set[Future[Any]] = set()
 
     @property
     def workers(self) -> int:
@@ -41,8 +43,13 @@ class DaskExecutor(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run ``fn`` on the cluster."""
         future: Future[Any] = self._executor.submit(fn, *args, **kwargs)
+        self._flying.add(future)
+        future.add_done_callback(self._flying.discard)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Wait for the tasks, or cancel them; the client stays open."""
-        self._executor.shutdown(wait=wait, cancel_futures=cancel_futures)
+        """Wait for the tasks, or cancel them, running ones too; the client stays open."""
+        flying = list(self._flying)
+        self._executor.shutdown(wait=not cancel_futures)  # waits, or else cancels
+        if wait:
+            futures.wait(flying)

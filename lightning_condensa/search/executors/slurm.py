@@ -50,7 +50,7 @@ class SubmititExecutor(Executor):
         """
         if self._closed:
             raise RuntimeError("the executor was shut down")
-        job = self._executor.submit(fn, *args, **kwargs)
+        job = self._executor.submit(_attempt, fn, args, kwargs)
         future = LinkedFuture(job.cancel)
         with self._changed:
             self._jobs[future] = job
@@ -82,14 +82,24 @@ class SubmititExecutor(Executor):
                     self._changed.wait(self._poll)
 
 
+def _attempt(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Exception | None]:
+    """In the job: submitit would bring back an error only as text."""
+    try:
+        return fn(*args, **kwargs), None
+    except Exception as error:
+        return None, error
+
+
 def _settle(future: LinkedFuture, job: Any) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
-        error = job.exception()  # of the task; raised where the job itself was lost
-        if error is None:
-            future.set_result(job.result())
-            return
-    except Exception as lost:
-        error = lost
-    future.set_exception(error)
+        value, error = job.result()
+    except Exception as lost:  # the job itself
+        value, error = None, lost
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
