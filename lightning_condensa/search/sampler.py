@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytorch_lightning as pl
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -117,13 +117,12 @@ class CondensaSampler(BaseSampler):
         """The scheme that a trial shall try; its dimensions become the trial's parameters."""
         values: dict[str, Any] = {}
         for name, distribution in self._formulation.space.distributions().items():
-            values[name] = (
-                trial.suggest_categorical(name, distribution.choices)
-                if isinstance(distribution, CategoricalDistribution)
-                else trial.suggest_float(
-                    name, distribution.low, distribution.high, log=distribution.log
-                )
-            )
+            if isinstance(distribution, CategoricalDistribution):
+                values[name] = trial.suggest_categorical(name, distribution.choices)
+            else:
+                assert isinstance(distribution, FloatDistribution)  # what a Range becomes
+                low, high = distribution.low, distribution.high
+                values[name] = trial.suggest_float(name, low, high, log=distribution.log)
         return self._formulation.space.scheme.at(values)
 
     def report(self, trial: optuna.Trial, compressed: CompressedModel, metric: float) -> float:

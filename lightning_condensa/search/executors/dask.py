@@ -50,6 +50,7 @@ class DaskExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Wait for the tasks, or cancel them, running ones too; the client stays open."""
         flying = list(self._flying)
-        self._executor.shutdown(wait=not cancel_futures)  # waits, or else cancels
+        if wait or cancel_futures:
+            self._executor.shutdown(wait=not cancel_futures)  # waits, or else cancels
         if wait:
             futures.wait(flying)
