@@ -1,4 +1,4 @@
-"""What every scheme must do, as checks for yours.
+"""What every scheme and executor must do, as checks for yours.
 
     import pytest
     from lightning_condensa.testing import LAWS, check_scheme
@@ -9,7 +9,8 @@
 
 A scheme that fails one raises ``AssertionError`` with the layer and what was seen. Every scheme of
 this package passes all of them. Laws on Π of what Π has made are checked to the bit, or where the
-scheme has a ``tolerance``, against that.
+scheme has a ``tolerance``, against that. ``check_executor(make, law)`` with a law of
+``EXECUTOR_LAWS`` does the same for ``concurrent.futures`` executors.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from lightning_condensa.schemes.bound import PRUNE
 from lightning_condensa.schemes.coupling import Coupling
 from lightning_condensa.schemes.prune import DensityPrune
 from lightning_condensa.schemes.slices import LinkedPrune
+from lightning_condensa.search.executors.laws import EXECUTOR_LAWS as EXECUTOR_LAWS
+from lightning_condensa.search.executors.laws import check_executor as check_executor
 
 _Law = Callable[[Scheme, nn.Module], None]
 

@@ -2,20 +2,32 @@
 
 from lightning_condensa.schemes import Choice, Range
 from lightning_condensa.search.condensa_search import CondensaSearch
+from lightning_condensa.search.executors import (
+    DaskExecutor,
+    ProcessPool,
+    RayExecutor,
+    SubmititExecutor,
+)
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
+from lightning_condensa.search.sampler import CondensaSampler
 from lightning_condensa.search.strategies import Strategy, make_strategy
 
 __all__ = [
     "Baseline",
     "Choice",
+    "CondensaSampler",
     "CondensaSearch",
     "Curve",
+    "DaskExecutor",
     "Observation",
     "Problem",
+    "ProcessPool",
     "Range",
+    "RayExecutor",
     "SearchResult",
     "Strategy",
+    "SubmititExecutor",
     "Trial",
     "make_strategy",
 ]

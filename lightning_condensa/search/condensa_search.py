@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock, Timeout
+from optuna.storages import BaseStorage
 from torch import Tensor, nn
 
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.objectives import Direction, Objective, as_objective
 from lightning_condensa.schemes import Scheme
+from lightning_condensa.search.dispatch import ExecutorLike
+from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.metrics import count_samples, evaluate, noise_variance
 from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.result import Baseline, SearchResult
@@ -24,11 +29,10 @@ from lightning_condensa.search.run import SearchRun
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Store
 from lightning_condensa.search.strategies import make_strategy
-from lightning_condensa.search.trial import (
-    Data,
-    Mode,
-    make_trainer,
-)
+from lightning_condensa.search.trial import Data, Mode, make_trainer
+
+#: A killed driver's data loaders may outlive it, and its lock, for some seconds.
+_LOCK_SECONDS = 10.0
 
 
 class CondensaSearch:
@@ -53,17 +57,21 @@ class CondensaSearch:
         max_trials: Trainer runs, failed ones included.
         trainer: Keyword arguments of each trial's ``Trainer``; callbacks are copied per trial.
         callback: Keyword arguments of each trial's :class:`~lightning_condensa.CondensaCallback`.
-        storage: Optuna storage; an SQLite file in ``dirpath`` where ``None``.
-        executor: Any ``concurrent.futures.Executor`` to run trials in; this process where
-            ``None``. The module and data must then be picklable.
+        storage: Optuna storage or its address, ``journal:///FILE`` for a journal; an SQLite file in
+            ``dirpath`` where ``None``.
+        executor: Any ``concurrent.futures.Executor`` to run trials in, such as those of
+            :mod:`lightning_condensa.search.executors`, or a function that makes one (and is called
+            again should it break); this process where ``None``. The module and data must then be
+            picklable, and ``dirpath`` a place that workers and this process share.
         method: ``"auto"``, ``"paper"`` (the published two-step method), ``"bisection"``,
             ``"random"`` or ``"grid"``.
+        parallel: Trials at the same time; as many as the executor has workers where ``None``.
         direction: Direction of a callable objective.
         confidence: Probability with which the winner shall be feasible; the margin is kept in the
             search and in the selection. ``None`` asks for the measured metric only.
         metric_std: Standard deviation of one measurement of the metric; estimated from the number
             of validation samples where ``None``.
-        seed: Seed of the search; trial ``n`` trains with ``seed + n``.
+        seed: Seed of the search; the n-th point to be tried trains with ``seed + n``.
         dirpath: Where logs, models and the study go.
         study_name: Name of the study in the storage.
         progress: Whether to show progress bars.
@@ -92,10 +100,11 @@ class CondensaSearch:
         max_trials: int = 10,
         trainer: Mapping[str, Any] | None = None,
         callback: Mapping[str, Any] | None = None,
-        storage: str | None = None,
-        executor: Executor | None = None,
+        storage: str | BaseStorage | None = None,
+        executor: ExecutorLike | None = None,
         *,
         method: str = "auto",
+        parallel: int | None = None,
         direction: Direction | None = None,
         confidence: float | None = None,
         metric_std: float | None = None,
@@ -112,6 +121,17 @@ class CondensaSearch:
             raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
         if not isinstance(max_trials, int) or max_trials < 1:
             raise ValueError(f"max_trials must be an int >= 1, got {max_trials!r}")
+        if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
+            raise ValueError(f"parallel must be an int >= 1, got {parallel!r}")
+        if executor is not None and not (isinstance(executor, Executor) or callable(executor)):
+            raise ValueError(
+                "executor must be a concurrent.futures.Executor or a function that makes one, "
+                f"got {executor!r}"
+            )
+        if executor is None and (parallel or 1) > 1:
+            raise ValueError(
+                f"parallel={parallel} needs an executor, such as ProcessPool({parallel})"
+            )
         if confidence is not None and not (_is_number(confidence) and 0.5 <= confidence < 1):
             raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
         if metric_std is not None and not (_is_number(metric_std) and metric_std >= 0):
@@ -125,14 +145,13 @@ class CondensaSearch:
         self.trainer = dict(trainer or {})
         self.callback = dict(callback or {})
         self.strategy = make_strategy(method)
-        self.executor = executor
+        self.executor, self.parallel = executor, parallel
         self.metric_std = metric_std
         self.seed = seed
         self.dirpath = Path(dirpath)
         self.storage = storage or f"sqlite:///{self.dirpath / 'study.db'}"
         self.study_name = study_name
         self.progress = progress
-        self.sign = 1.0 if mode == "max" else -1.0
         self.z = 0.0 if confidence is None else float(torch.special.ndtri(torch.tensor(confidence)))
 
     def fit(
@@ -159,15 +178,16 @@ class CondensaSearch:
         """
         data = self._check(model, train_dataloaders, val_dataloaders, datamodule)
         self.dirpath.mkdir(parents=True, exist_ok=True)
-        store = Store(self.storage, self.study_name, self.objective.direction)
-        store.claim(self._config(model))
-        with SearchProgress(self.max_trials, self.progress) as progress:
+        with self._alone(), SearchProgress(self.max_trials, self.progress) as progress:
+            store = Store(self.storage, self.study_name, self.objective.direction)
+            store.claim(self._config(model))
             progress.status("measuring the dense model", 0)
             baseline = self._baseline(store, model, data)
             progress.status("evaluating the objective on projected models", 0)
-            task = SearchRun(self, store, model, data, baseline, progress)
-            task.run()
-        return task.result()
+            formulation = Formulation(
+                self.space, self.objective, model, baseline, self.mode, self.tolerance, self.z
+            )
+            return SearchRun(self, store, model, data, formulation, progress).run()
 
     def _check(
         self, model: object, train: Any, val: Any, datamodule: pl.LightningDataModule | None
@@ -183,6 +203,21 @@ class CondensaSearch:
         for values in self.space.extremes():
             self.space.scheme.at(values).bind(model, graph)
         return Data(datamodule, train, val)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the directory: a second driver would take this one's trials for interrupted."""
+        lock = FileLock(self.dirpath / ".lock")
+        try:
+            lock.acquire(timeout=_LOCK_SECONDS)
+        except Timeout:
+            raise RuntimeError(
+                f"another search is running in dirpath={str(self.dirpath)!r}; wait, or use another"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _config(self, model: nn.Module) -> dict[str, Any]:
         """What makes two searches the same; the tolerance and the budget may change."""
@@ -214,10 +249,6 @@ class CondensaSearch:
             else self.metric_std**2
         )
         return Baseline(known["metric"], variance, known["objective"], known["samples"])
-
-    def level(self, baseline: Baseline) -> float:
-        """The metric that a feasible trial must reach."""
-        return baseline.metric - self.sign * self.tolerance
 
 
 def weights_hash(module: nn.Module) -> str:

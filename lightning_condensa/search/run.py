@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-import torch
-from torch import Tensor
 
-from lightning_condensa.schemes import Scheme
-from lightning_condensa.search.overview import log_overview
-from lightning_condensa.search.problem import Observation, Problem
+from lightning_condensa.search.dispatch import Dispatcher
+from lightning_condensa.search.executors import InProcess
+from lightning_condensa.search.formulation import Formulation
+from lightning_condensa.search.overview import Overview
+from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.progress import SearchProgress
-from lightning_condensa.search.result import Baseline, Curve, SearchResult, State, Trial, show
-from lightning_condensa.search.store import DIVERGED_VIOLATION, Record, Store
-from lightning_condensa.search.strategies import KnownObjectiveStrategy
-from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, run_trial
-from lightning_condensa.search.utility import Utility, known_objective, utilities
+from lightning_condensa.search.result import Curve, SearchResult, Trial, show
+from lightning_condensa.search.store import Record, Started, Store
+from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
+from lightning_condensa.search.views import believed_curve, trial_of
 
 if TYPE_CHECKING:
     from lightning_condensa.search.condensa_search import CondensaSearch
 
 
 class SearchRun:
-    """Asks the strategy, hands out trials, records what comes back.
+    """Asks the strategy, hands out trials, records what comes back; the study's only writer.
 
     Args:
         search: The search's settings.
         store: Its study.
         model: The starting point.
         data: The data.
-        baseline: The uncompressed model's figures.
+        formulation: The search as its strategy sees it.
         progress: Where progress is shown.
     """
 
@@ -42,190 +40,166 @@ class SearchRun:
         store: Store,
         model: pl.LightningModule,
         data: Data,
-        baseline: Baseline,
+        formulation: Formulation,
         progress: SearchProgress,
     ) -> None:
         self.search, self.store, self.model, self.data = search, store, model, data
-        self.baseline, self.progress = baseline, progress
-        space = search.space
-        self.candidates = space.candidates(model)
-        self.points = torch.stack([space.coordinates(v) for v in self.candidates])
-        values = known_objective(search.objective, space, model, self.candidates)
-        self.known = values
-        self.utility = Utility(search.objective, [*values, baseline.objective])
-        self.problem = Problem(
-            candidates=self.points,
-            utility=utilities(self.utility, values),
-            baseline=Observation(
-                space.dense_point(),
-                metric=search.sign * baseline.metric,
-                variance=baseline.variance,
-                utility=self.utility(baseline.objective),
-            ),
-            level=search.sign * search.level(baseline),
-            noise_variance=baseline.variance,
-            cliff=space.is_density and search.mode == "max" and 0 < baseline.metric <= 1,
-            z=search.z,
-        )
-        self.distributions = space.distributions()
+        self.formulation, self.progress = formulation, progress
+        self.distributions = search.space.distributions()
+        self.overview = Overview(search.dirpath / "overview")
 
-    def run(self) -> None:
+    def run(self) -> SearchResult:
         """Run trials until the budget is spent or nothing is left to try."""
-        requeued = self.store.requeue_stale()
+        before = len(self.store.records())
+        self._resume()
+        self._fly()
+        result = self.result()
+        if len(result.trials) > before:
+            self.overview.draw(result)
+        return result
+
+    def _fly(self) -> None:
+        search = self.search
+        executor = search.executor or InProcess()
+        with Dispatcher(executor, search.parallel, self.progress.print) as dispatcher:
+            flying: dict[int, Started] = {}
+            try:
+                self._fill(dispatcher, flying)
+                while dispatcher.running:
+                    job, outcome = dispatcher.next()
+                    trial = flying.pop(job.number)
+                    self._record(trial, outcome)
+                    if not dispatcher.local:
+                        self._fill(dispatcher, flying)  # workers do not wait for what is told
+                    self._tell(trial)
+                    self._fill(dispatcher, flying)
+            finally:  # Ctrl-C, say: what has ended is kept, what runs is for the next time
+                for job, outcome in dispatcher.ended():
+                    self._record(flying.pop(job.number), outcome)
+
+    def _fill(self, dispatcher: Dispatcher, flying: dict[int, Started]) -> None:
+        while dispatcher.room and (trial := self._start(dispatcher.running)):
+            flying[trial.number] = trial
+            self._show(flying)
+            dispatcher.submit(self._job(trial, dispatcher.local))
+
+    def _resume(self) -> None:
+        requeued = []
+        for trial in self.store.running():
+            outcome = read_outcome(self._directory(trial.number), trial.stamp)
+            if outcome is not None:  # it ended while nobody listened
+                self._record(trial, outcome)
+                self._tell(trial)
+            else:
+                self.store.requeue(trial)
+                requeued.append(trial.number)
         if requeued:
             self.progress.print(f"trials {requeued} had been interrupted and are run again")
-        while (done := len(self.store.records())) < self.search.max_trials:
-            values = None if self.store.waiting() else self._propose()
-            if values is None and not self.store.waiting():
-                self.progress.print("every candidate has been tried")
-                return
-            number, values = self.store.start(values, self.distributions)
-            scheme = self.search.space.scheme.at(values)
-            self.progress.status(f"trial {number}: {show(values)}", done)
-            job = self._job(number, scheme)
-            self._record(number, values, job, self._execute(job))
 
-    def _propose(self) -> dict[str, Any] | None:
+    def _start(self, running: int) -> Started | None:
         records = self.store.records()
-        failed = [self._point(r) for r in records if r.outcome.status == "failed"]
-        proposed = self.search.strategy.propose(
-            self.problem,
-            self._history(records),
-            torch.stack(failed) if failed else None,
-            q=1,
-            seed=self.search.seed + len(records),
-        )
-        return self.candidates[proposed[0]] if proposed else None
+        if len(records) + running >= self.search.max_trials:
+            return None
+        values = None
+        if not self.store.waiting():
+            values = self._propose(records)
+            if values is None:
+                if not running:
+                    self.progress.print("every candidate has been tried")
+                return None
+        return self.store.start(values, self.distributions)
 
-    def _point(self, record: Record) -> Tensor:
-        return self.search.space.coordinates(record.values)
+    def _propose(self, records: list[Record]) -> dict[str, Any] | None:
+        failed = [r.values for r in records if r.outcome.status == "failed"]
+        return self.formulation.propose(
+            self.search.strategy,
+            self._history(records),
+            [*failed, *self.store.pending()],
+            seed=self.search.seed + self.store.count(),
+        )
 
     def _history(self, records: list[Record]) -> list[Observation]:
-        history = []
-        for record in records:
-            outcome = record.outcome
-            if outcome.status == "failed":
-                continue
-            diverged = outcome.status == "diverged" or outcome.metric is None
-            history.append(
-                Observation(
-                    self._point(record),
-                    metric=None if diverged else self.search.sign * float(outcome.metric or 0.0),
-                    variance=self.baseline.variance,
-                    utility=None if outcome.objective is None else self.utility(outcome.objective),
-                    diverged=diverged,
-                )
-            )
-        return history
+        return [
+            self.formulation.observation(r.values, r.outcome.metric, r.outcome.objective)
+            for r in records
+            if r.outcome.status != "failed"
+        ]
 
-    def _job(self, number: int, scheme: Scheme) -> TrialJob:
+    def _directory(self, number: int) -> Path:
+        return self.search.dirpath / "trials" / f"trial_{number:03d}"
+
+    def _job(self, trial: Started, local: bool) -> TrialJob:
         search = self.search
         return TrialJob(
-            number=number,
+            number=trial.number,
             module=self.model,
             data=self.data,
-            scheme=scheme,
+            scheme=search.space.scheme.at(trial.values),
             trainer=search.trainer,
             callback=search.callback,
             metric=search.metric,
             mode=search.mode,
             objective=search.objective,
-            directory=search.dirpath / "trials" / f"trial_{number:03d}",
-            seed=search.seed + number,
-            watchers=(self.progress,) if search.executor is None else (),
+            directory=self._directory(trial.number),
+            seed=search.seed + trial.index,
+            stamp=trial.stamp,
+            watchers=(self.progress,) if local else (),
         )
 
-    def _execute(self, job: TrialJob) -> TrialOutcome:
-        if self.search.executor is None:
-            return run_trial(job)
-        future: Future[TrialOutcome] = self.search.executor.submit(run_trial, job)
-        try:
-            return future.result()
-        except Exception as error:  # the worker itself died, or the job could not be sent
-            return TrialOutcome("failed", message=f"{type(error).__name__}: {error}")
-
-    def _record(
-        self, number: int, values: dict[str, Any], job: TrialJob, outcome: TrialOutcome
-    ) -> None:
-        violation = DIVERGED_VIOLATION
+    def _record(self, trial: Started, outcome: TrialOutcome) -> None:
         if outcome.status == "diverged":
-            index = int(self.problem.nearest(self.search.space.coordinates(values)[None]))
-            outcome = TrialOutcome(**{**outcome.to_dict(), "objective": self.known[index]})
-        elif outcome.metric is not None:
-            violation = self.problem.target - self.search.sign * outcome.metric
+            known = self.formulation.objective_at(trial.values)
+            outcome = TrialOutcome(**{**outcome.to_dict(), "objective": known})
         self.store.finish(
-            number,
+            trial.number,
             outcome,
-            directory=str(job.directory),
-            variance=self.baseline.variance,
-            violation=violation,
+            directory=str(self._directory(trial.number)),
+            variance=self.formulation.baseline.variance,
+            violation=self.formulation.violation(outcome.metric),
         )
-        result = self.result()
-        trial = result.trials[-1]
-        figures = (
-            ""
-            if trial.metric is None
-            else (
-                f"{result.metric} {trial.metric:.4f}, {result.objective} {trial.objective:,.5g} "
-                f"{result.unit} ({result.ratio(trial):.1f} ×)"
-            )
-        )
-        self.progress.print(
-            f"trial {number}  {show(values)}  {figures or trial.message}  "
-            f"{trial.state}  {trial.seconds:.0f} s"
-        )
-        log_overview(self.search.dirpath / "overview", result)
+
+    def _tell(self, trial: Started) -> None:
+        result = self._result(None)
+        ended = next(t for t in result.trials if t.number == trial.number)
+        self.progress.print(_line(result, ended))
+        self.overview.log(result, ended)
+        if self.overview.due:
+            self.overview.draw(self.result())
+
+    def _show(self, flying: dict[int, Started]) -> None:
+        running = "; ".join(f"trial {n}: {show(t.values)}" for n, t in flying.items())
+        self.progress.status(running, len(self.store.records()))
 
     def result(self) -> SearchResult:
         """The search as the study holds it."""
-        search = self.search
+        history = self._history(self.store.records())
+        return self._result(believed_curve(self.formulation, history, self.search.seed))
+
+    def _result(self, curve: Curve | None) -> SearchResult:
+        search, formulation = self.search, self.formulation
         records = self.store.records()
         return SearchResult(
-            baseline=self.baseline,
-            trials=tuple(self._trial(r) for r in records),
-            level=search.level(self.baseline),
-            target=search.sign * self.problem.target,
+            baseline=formulation.baseline,
+            trials=tuple(trial_of(r, formulation) for r in records),
+            level=formulation.level,
+            target=formulation.target,
             metric=search.metric,
             mode=search.mode,
             objective=search.objective.name,
             direction=search.objective.direction,
             unit=search.objective.unit,
-            curve=self._curve(records),
+            curve=curve,
         )
 
-    def _trial(self, record: Record) -> Trial:
-        outcome = record.outcome
-        state: State
-        if outcome.status == "complete" and outcome.metric is not None:
-            margin = self.search.sign * outcome.metric - self.problem.target
-            state = "feasible" if margin >= 0 else "infeasible"
-        else:
-            state = "failed" if outcome.status == "failed" else "diverged"
-        own = {k: v for k, v in outcome.to_dict().items() if k != "status"}
-        return Trial(
-            number=record.number,
-            values=record.values,
-            state=state,
-            variance=record.variance,
-            directory=Path(record.directory),
-            **own,
-        )
 
-    def _curve(self, records: list[Record]) -> Curve | None:
-        if len(self.search.space.dimensions) > 1 or self.points.shape[1] > 1:
-            return None
-        # Whatever strategy chose the trials, the plot shows what the default's surrogate believes.
-        surrogate = KnownObjectiveStrategy().surrogate(
-            self.problem, self._history(records), self.search.seed
+def _line(result: SearchResult, trial: Trial) -> str:
+    figures = trial.message
+    if trial.metric is not None:
+        figures = (
+            f"{result.metric} {trial.metric:.4f}, {result.objective} {trial.objective:,.5g} "
+            f"{result.unit} ({result.ratio(trial):.1f} ×)"
         )
-        center, lower, upper = (self.search.sign * t for t in surrogate.predict(self.points))
-        if self.search.mode == "min":
-            lower, upper = upper, lower
-        (name,) = self.search.space.dimensions
-        return Curve(
-            dimension=name,
-            values=[float(v[name]) for v in self.candidates],
-            center=center.tolist(),
-            lower=lower.tolist(),
-            upper=upper.tolist(),
-        )
+    return (
+        f"trial {trial.number}  {show(trial.values)}  {figures}  "
+        f"{trial.state}  {trial.seconds:.0f} s"
+    )

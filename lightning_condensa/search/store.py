@@ -14,15 +14,34 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_condensa.objectives import Direction
 from lightning_condensa.search.trial import TrialOutcome
 
-#: Constraint of a diverged trial: infeasible by far, and finite, which the dashboard needs.
-DIVERGED_VIOLATION = 1e6
-_STATUS = "status"
-_LOST = "lost"
+_JOURNAL = "journal:///"
+_STATUS, _LOST = "status", "lost"
+_VALUES, _INDEX = "values", "index"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A trial that has been handed out.
+
+    Attributes:
+        number: Its number in the study.
+        index: Its place in the search, which the next try of a lost trial keeps: seeds follow from
+            it, so that an interrupted search equals an undisturbed one.
+        values: The scheme's dimensions.
+        stamp: When it began.
+    """
+
+    number: int
+    index: int
+    values: dict[str, Any]
+    stamp: str
 
 
 @dataclass(frozen=True)
@@ -48,15 +67,16 @@ class Store:
     """An Optuna study with the facts that a search must not repeat.
 
     Args:
-        storage: Database address, such as ``sqlite:///study.db``.
+        storage: Database address, such as ``sqlite:///study.db``, ``journal:///study.log`` for
+            Optuna's journal in a file, or an Optuna storage.
         study_name: Name of the study in it; an existing one is continued.
         direction: Direction of the objective.
     """
 
-    def __init__(self, storage: str, study_name: str, direction: Direction) -> None:
+    def __init__(self, storage: str | BaseStorage, study_name: str, direction: Direction) -> None:
         with _quiet():
             self._study = optuna.create_study(
-                storage=storage,
+                storage=open_storage(storage),
                 study_name=study_name,
                 direction="minimize" if direction == "min" else "maximize",
                 load_if_exists=True,
@@ -90,28 +110,51 @@ class Store:
                 "use another study_name, dirpath or storage"
             )
 
-    def requeue_stale(self) -> list[int]:
-        """Queue again what was running when the driver died; such trials count for nothing."""
-        stale = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for trial in stale:
-            self._study.enqueue_trial(trial.params)
-            self._set(trial._trial_id, _STATUS, _LOST)
-            with _quiet():
-                self._study.tell(trial.number, state=TrialState.FAIL)
-        return [trial.number for trial in stale]
+    def running(self) -> list[Started]:
+        """The trials that have begun and not ended; when a search begins, its driver died."""
+        return [_started(t) for t in self._trials(TrialState.RUNNING)]
+
+    def requeue(self, trial: Started) -> None:
+        """Queue a begun trial's point again; the trial itself counts for nothing."""
+        if not any(t.index == trial.index for t in self._waiting()):  # died in doing this?
+            self._enqueue(trial.values, trial.index)
+        self._set(self._id(trial.number), _STATUS, _LOST)
+        with _quiet():
+            self._study.tell(trial.number, state=TrialState.FAIL)
 
     def waiting(self) -> bool:
         """Whether a trial is queued."""
-        return bool(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        return bool(self._waiting())
+
+    def pending(self) -> list[dict[str, Any]]:
+        """Values of the trials that are queued or running."""
+        return [t.values for t in [*self._waiting(), *self.running()]]
+
+    def count(self) -> int:
+        """Trials that ended, run or are queued; lost ones left out."""
+        return sum(t.user_attrs.get(_STATUS) != _LOST for t in self._trials())
 
     def start(
         self, values: Mapping[str, Any] | None, distributions: Mapping[str, BaseDistribution]
-    ) -> tuple[int, dict[str, Any]]:
+    ) -> Started:
         """Begin a trial: the given values, or the queued ones where ``None``."""
         if values is not None:
-            self._study.enqueue_trial(dict(values))
-        trial = self._study.ask(fixed_distributions=dict(distributions))
-        return trial.number, dict(trial.params)
+            self._enqueue(values, self.count())
+        number = self._study.ask(fixed_distributions=dict(distributions)).number
+        return next(t for t in self.running() if t.number == number)
+
+    def _enqueue(self, values: Mapping[str, Any], index: int) -> None:
+        # In one write, so that a driver that dies leaves either nothing or all.
+        self._study.enqueue_trial(dict(values), user_attrs={_VALUES: dict(values), _INDEX: index})
+
+    def _waiting(self) -> list[Started]:
+        return [_started(t) for t in self._trials(TrialState.WAITING)]
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False, states=states or None)
+
+    def _id(self, number: int) -> int:
+        return next(t._trial_id for t in self._trials() if t.number == number)
 
     def finish(
         self,
@@ -131,30 +174,44 @@ class Store:
             variance: Variance of its metric.
             violation: How far the metric misses the level, at most 0 where it is feasible.
         """
-        trial = next(t for t in self._study.get_trials(deepcopy=False) if t.number == number)
-        for key, value in outcome.to_dict().items():
-            self._set(trial._trial_id, key, value)
-        self._set(trial._trial_id, "directory", directory)
-        self._set(trial._trial_id, "variance", variance)
+        trial_id = self._id(number)
+        facts = {**outcome.to_dict(), "directory": directory, "variance": variance}
+        for key, value in facts.items():
+            self._set(trial_id, key, value)
         if outcome.status == "failed":
             with _quiet():
                 self._study.tell(number, state=TrialState.FAIL)
             return
-        live = optuna.trial.Trial(self._study, trial._trial_id)
+        live = optuna.trial.Trial(self._study, trial_id)
         live.set_constraint("metric", violation)
         # The dashboard still reads the attribute of Optuna 4.
-        self._study._storage.set_trial_system_attr(trial._trial_id, "constraints", [violation])
+        self._study._storage.set_trial_system_attr(trial_id, "constraints", [violation])
         self._study.tell(number, outcome.objective)
 
     def records(self) -> list[Record]:
         """The trials that ended, in order; lost ones left out."""
-        ended = self._study.get_trials(
-            deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)
-        )
+        ended = self._trials(TrialState.COMPLETE, TrialState.FAIL)
         return [_record(t) for t in ended if t.user_attrs.get(_STATUS) not in (None, _LOST)]
 
     def _set(self, trial_id: int, key: str, value: Any) -> None:
         self._study._storage.set_trial_user_attr(trial_id, key, value)
+
+
+def open_storage(storage: str | BaseStorage) -> str | BaseStorage:
+    """What Optuna takes for a storage; it has no address for a journal."""
+    if isinstance(storage, str) and storage.startswith(_JOURNAL):
+        return JournalStorage(JournalFileBackend(storage.removeprefix(_JOURNAL)))
+    return storage
+
+
+def _started(trial: FrozenTrial) -> Started:
+    began = trial.datetime_start
+    return Started(
+        number=trial.number,
+        index=trial.user_attrs[_INDEX],
+        values=dict(trial.user_attrs[_VALUES]),
+        stamp="" if began is None else began.isoformat(),
+    )
 
 
 def _record(trial: FrozenTrial) -> Record:

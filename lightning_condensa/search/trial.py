@@ -8,13 +8,15 @@ import time
 import traceback
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.utilities.memory import garbage_collection_cuda, is_oom_error
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from lightning_condensa.callbacks import CondensaCallback
@@ -72,6 +74,7 @@ class TrialJob:
         objective: What is optimized.
         directory: Where the trial's logs and files go.
         seed: Seed of every random generator in the trial.
+        stamp: When the study began the trial; tells its record from one of another study.
         watchers: Further callbacks, not copied; only for trials in this process.
     """
 
@@ -86,6 +89,7 @@ class TrialJob:
     objective: Objective
     directory: Path
     seed: int
+    stamp: str = ""
     watchers: tuple[pl.Callback, ...] = ()
 
 
@@ -123,13 +127,18 @@ def run_trial(job: TrialJob) -> TrialOutcome:
     """Train, validate, measure and save one compressed model.
 
     Errors in the user's code are recorded, not raised, so that one bad point does not end a
-    search; what stops the process (``KeyboardInterrupt``, ``SystemExit``) does.
+    search; what stops the process (``KeyboardInterrupt``, ``SystemExit``) does, and lack of
+    memory, which says more about the machine than about the point.
 
     Args:
         job: The trial.
 
     Returns:
         The outcome, which also stands in the trial's directory as JSON.
+
+    Raises:
+        RuntimeError: If memory runs out, of a device (``torch.OutOfMemoryError``) or the host.
+        MemoryError: The same from Python.
     """
     started = time.perf_counter()
     job.directory.mkdir(parents=True, exist_ok=True)
@@ -139,13 +148,42 @@ def run_trial(job: TrialJob) -> TrialOutcome:
     except NotFiniteError as error:
         outcome = {"status": "diverged", "message": str(error)}
     except Exception as error:  # recorded: the search goes on, and shows the message
+        if out_of_memory(error):
+            garbage_collection_cuda()
+            raise
         trace = "".join(traceback.format_exception(error))
         write_atomically(job.directory / "error.txt", trace.encode())
         outcome = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
     result = TrialOutcome(**outcome, seconds=time.perf_counter() - started)
-    record = {"number": job.number, "scheme": job.scheme.to_config(), **result.to_dict()}
+    record = {
+        "number": job.number,
+        "stamp": job.stamp,
+        "scheme": job.scheme.to_config(),
+        **result.to_dict(),
+    }
     write_atomically(job.directory / RECORD_FILE, json.dumps(record, indent=1).encode())
     return result
+
+
+def read_outcome(directory: Path, stamp: str) -> TrialOutcome | None:
+    """What a trial left in its directory; ``None`` where it did not end.
+
+    Args:
+        directory: Of the trial.
+        stamp: Of its job.
+    """
+    path = directory / RECORD_FILE
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    if record.get("stamp") != stamp:
+        return None
+    return TrialOutcome(**{f.name: record[f.name] for f in fields(TrialOutcome)})
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the host has no memory left."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)
 
 
 def _train(job: TrialJob) -> dict[str, Any]:

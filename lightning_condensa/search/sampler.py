@@ -1,0 +1,209 @@
+"""Our strategies in a user's own ``study.optimize``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+import pytorch_lightning as pl
+import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from lightning_condensa.deploy import CompressedModel
+from lightning_condensa.objectives import Objective
+from lightning_condensa.schemes import Scheme
+from lightning_condensa.search.formulation import Formulation
+from lightning_condensa.search.metrics import noise_variance
+from lightning_condensa.search.problem import Observation
+from lightning_condensa.search.result import Baseline
+from lightning_condensa.search.space import SearchSpace
+from lightning_condensa.search.strategies import make_strategy
+from lightning_condensa.search.trial import Mode
+
+_METRIC = "condensa_metric"
+
+
+class CondensaSampler(BaseSampler):
+    """Proposes what :class:`~lightning_condensa.CondensaSearch` would, in a study of yours.
+
+    In the objective function :meth:`suggest` gives the trial's scheme, and :meth:`report` takes
+    what training made of it: it sets the constraint ``metric ≥ baseline − tolerance``, so that
+    ``study.best_trial`` is feasible, and returns the value to be returned. Trials that run
+    elsewhere at the same time (``n_jobs``, several processes on one storage) are taken into
+    account, failed ones are not proposed again, and the study stops when nothing is left to try.
+
+    Args:
+        scheme: With a ``Range`` or ``Choice`` in it.
+        model: The uncompressed module, whose structure decides what can be tried.
+        objective: What is optimized; the study's direction must be its direction.
+        baseline: The uncompressed model's metric.
+        tolerance: How far the metric may be from it.
+        mode: Whether more (``"max"``) or less of the metric is better.
+        method: As of ``CondensaSearch``.
+        samples: Validation samples that the metric is measured on, for its noise.
+        metric_std: Its standard deviation, where that is known.
+        confidence: Probability with which the winner shall be feasible.
+        seed: Of the proposals.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import optuna, torch, pytorch_lightning as pl
+        >>> from lightning_condensa import MemoryFootprint, Prune, Range
+        >>> class Net(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(64, 64)
+        >>> net = Net()
+        >>> sampler = CondensaSampler(
+        ...     Prune(Range(0.01, 1.0, log=True)), net, MemoryFootprint(), baseline=0.98,
+        ...     tolerance=0.01,
+        ... )
+        >>> def objective(trial):
+        ...     compressed = CompressedModel.compress(net, sampler.suggest(trial))  # or train
+        ...     return sampler.report(trial, compressed, metric=0.98)
+        >>> study = optuna.create_study(sampler=sampler)
+        >>> study.optimize(objective, n_trials=2)
+        >>> study.best_trial.constraints["metric"] <= 0
+        True
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        model: pl.LightningModule,
+        objective: Objective,
+        baseline: float,
+        tolerance: float,
+        *,
+        mode: Mode = "max",
+        method: str = "auto",
+        samples: int | None = None,
+        metric_std: float | None = None,
+        confidence: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
+        if not math.isfinite(baseline):
+            raise ValueError(f"baseline must be a finite number, got {baseline!r}")
+        if confidence is not None and not 0.5 <= confidence < 1:
+            raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
+        self._objective, self._seed = objective, seed
+        self._strategy = make_strategy(method)
+        dense = Baseline(
+            metric=baseline,
+            variance=noise_variance(baseline, samples, tolerance)
+            if metric_std is None
+            else metric_std**2,
+            objective=objective(CompressedModel(model, {}, scheme)),
+            samples=samples,
+        )
+        z = 0.0 if confidence is None else float(torch.special.ndtri(torch.tensor(confidence)))
+        self._formulation = Formulation(
+            SearchSpace(scheme), objective, model, dense, mode, tolerance, z
+        )
+        self._independent = RandomSampler(seed=seed)
+
+    def suggest(self, trial: optuna.Trial) -> Scheme:
+        """The scheme that a trial shall try; its dimensions become the trial's parameters."""
+        values: dict[str, Any] = {}
+        for name, distribution in self._formulation.space.distributions().items():
+            if isinstance(distribution, CategoricalDistribution):
+                values[name] = trial.suggest_categorical(name, distribution.choices)
+            else:
+                assert isinstance(distribution, FloatDistribution)  # what a Range becomes
+                low, high = distribution.low, distribution.high
+                values[name] = trial.suggest_float(name, low, high, log=distribution.log)
+        return self._formulation.space.scheme.at(values)
+
+    def report(self, trial: optuna.Trial, compressed: CompressedModel, metric: float) -> float:
+        """Record what came out of a trial.
+
+        Args:
+            trial: The running trial.
+            compressed: Its model.
+            metric: Its metric; not finite where training diverged.
+
+        Returns:
+            The objective, for the objective function to return.
+        """
+        known = metric if math.isfinite(metric) else None
+        trial.set_user_attr(_METRIC, known)
+        violation = self._formulation.violation(known)
+        trial.set_constraint("metric", violation)
+        # The dashboard still reads the attribute of Optuna 4.
+        trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [violation])
+        return float(self._objective(compressed))
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The scheme's open dimensions."""
+        return self._formulation.space.distributions()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next values; those of the densest candidate where all have been tried."""
+        proposed = self._propose(study, trial.number)
+        return self._formulation.candidates[0] if proposed is None else proposed
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Parameters that the scheme has not: at random."""
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Stop ``study.optimize`` when nothing is left to try."""
+        seen, taken = self._seen(study, trial.number)
+        ended = {tuple(trial.params.values())} | {
+            tuple(v.values()) for v in [*(v for v, _ in seen), *taken]
+        }
+        if len(ended) >= len(self._formulation.candidates) and study._thread_local.in_optimize_loop:
+            study.stop()
+
+    def _propose(self, study: Study, number: int) -> dict[str, Any] | None:
+        seen, taken = self._seen(study, number)
+        history = [observation for _, observation in seen]
+        seed = self._seed + number
+        return self._formulation.propose(self._strategy, history, taken, seed)
+
+    def _seen(
+        self, study: Study, number: int
+    ) -> tuple[list[tuple[dict[str, Any], Observation]], list[dict[str, Any]]]:
+        """Finished evaluations, and values that run or have failed."""
+        names = set(self._formulation.space.dimensions)
+        seen: list[tuple[dict[str, Any], Observation]] = []
+        taken: list[dict[str, Any]] = []
+        for other in study.get_trials(deepcopy=False):
+            values = {k: v for k, v in other.params.items() if k in names}
+            if other.number == number or set(values) != names:
+                continue
+            if other.state == TrialState.COMPLETE and _METRIC in other.user_attrs:
+                metric = other.user_attrs[_METRIC]
+                objective = None if metric is None else other.value
+                observation = self._formulation.observation(values, metric, objective)
+                seen.append((values, observation))
+            else:
+                taken.append(values)
+        return seen, taken
