@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.schemes import Scheme
+from lightning_condensa.search.landscape import Landscape
 from lightning_condensa.search.overview import log_overview
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.result import Baseline, Curve, SearchResult, State, Trial, show
+from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.store import DIVERGED_VIOLATION, Record, Store
 from lightning_condensa.search.strategies import KnownObjectiveStrategy
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, run_trial
-from lightning_condensa.search.utility import Utility, known_objective, utilities
 
 if TYPE_CHECKING:
     from lightning_condensa.search.condensa_search import CondensaSearch
@@ -48,14 +50,14 @@ class SearchRun:
         self.search, self.store, self.model, self.data = search, store, model, data
         self.baseline, self.progress = baseline, progress
         space = search.space
-        self.candidates = space.candidates(model)
-        self.points = torch.stack([space.coordinates(v) for v in self.candidates])
-        values = known_objective(search.objective, space, model, self.candidates)
-        self.known = values
-        self.utility = Utility(search.objective, [*values, baseline.objective])
+        landscape = Landscape(search.objective, space, model, baseline.objective)
+        self.landscape = landscape
+        self.candidates, self.points = landscape.candidates, landscape.points
+        self.utility = landscape.utility
+        accurate = search.mode == "max" and 0 < baseline.metric <= 1
         self.problem = Problem(
             candidates=self.points,
-            utility=utilities(self.utility, values),
+            utility=landscape.utilities,
             baseline=Observation(
                 space.dense_point(),
                 metric=search.sign * baseline.metric,
@@ -64,10 +66,23 @@ class SearchRun:
             ),
             level=search.sign * search.level(baseline),
             noise_variance=baseline.variance,
-            cliff=space.is_density and search.mode == "max" and 0 < baseline.metric <= 1,
+            cliff=space.is_density and accurate,
             z=search.z,
+            domain=landscape.domain,
+            accuracy=landscape.domain is not None and accurate,
         )
         self.distributions = space.distributions()
+
+    @property
+    def scannable(self) -> bool:
+        """Whether the strategy has a use for a scan of the dimensions."""
+        return self.problem.accuracy
+
+    def use(self, sensitivity: Sensitivity) -> None:
+        """Tell the strategy of a scan."""
+        loss = max(2 * self.search.tolerance, 0.02)
+        scan = sensitivity.prior(self.search.space, loss, self.search.sign)
+        self.problem = replace(self.problem, scan=scan)
 
     def run(self) -> None:
         """Run trials until the budget is spent or nothing is left to try."""
@@ -88,14 +103,14 @@ class SearchRun:
     def _propose(self) -> dict[str, Any] | None:
         records = self.store.records()
         failed = [self._point(r) for r in records if r.outcome.status == "failed"]
-        proposed = self.search.strategy.propose(
+        proposed = self.search.strategy.suggest(
             self.problem,
             self._history(records),
             torch.stack(failed) if failed else None,
             q=1,
             seed=self.search.seed + len(records),
         )
-        return self.candidates[proposed[0]] if proposed else None
+        return self.landscape.values(proposed[0]) if len(proposed) else None
 
     def _point(self, record: Record) -> Tensor:
         return self.search.space.coordinates(record.values)
@@ -149,8 +164,8 @@ class SearchRun:
     ) -> None:
         violation = DIVERGED_VIOLATION
         if outcome.status == "diverged":
-            index = int(self.problem.nearest(self.search.space.coordinates(values)[None]))
-            outcome = TrialOutcome(**{**outcome.to_dict(), "objective": self.known[index]})
+            known = self.landscape.measure(values)
+            outcome = TrialOutcome(**{**outcome.to_dict(), "objective": known})
         elif outcome.metric is not None:
             violation = self.problem.target - self.search.sign * outcome.metric
         self.store.finish(
