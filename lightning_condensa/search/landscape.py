@@ -157,7 +157,7 @@ class _Table:
         found: np.ndarray[Any, Any] = np.interp(
             along[::-1], along[anchors][::-1], np.array(at)[::-1]
         )
-        return found[::-1].copy()
+        return np.ascontiguousarray(found[::-1], dtype=np.float64)
 
     def _pairs(self, module: nn.Module) -> dict[tuple[int, int], Tensor]:
         """What two dimensions that act on the same parameters change together."""
