@@ -17,6 +17,7 @@ from render_deploy import deploy, end_to_end, sparse_execution
 from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
 from render_schemes import char_lstm, lenet300, packed, quantizers, structured
+from render_search import search_nd
 from tables import source, spread, table
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,7 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "packed": packed,
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
+    "search-nd": search_nd,
     "sparse-execution": sparse_execution,
     "deploy": deploy,
     "end-to-end": end_to_end,

@@ -43,8 +43,9 @@ from lightning_condensa.schemes import (
     Quantize,
     Range,
     Scheme,
+    per_group,
 )
-from lightning_condensa.search import CondensaSearch
+from lightning_condensa.search import CondensaSearch, allocate
 from lightning_condensa.version import __version__
 
 __all__ = [
@@ -79,11 +80,13 @@ __all__ = [
     "SparseModel",
     "Throughput",
     "__version__",
+    "allocate",
     "compare",
     "compress_ladder",
     "geometric_densities",
     "load_compressed",
     "load_tensors",
+    "per_group",
     "profile",
     "transplant_optimizer",
 ]

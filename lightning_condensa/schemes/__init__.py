@@ -9,6 +9,7 @@ from lightning_condensa.schemes.compose import Compose
 from lightning_condensa.schemes.encoded import Encoded
 from lightning_condensa.schemes.encoding import Encoding
 from lightning_condensa.schemes.finite import NotFiniteError
+from lightning_condensa.schemes.groups import per_group
 from lightning_condensa.schemes.heads import HeadPrune
 from lightning_condensa.schemes.hidden import HiddenPrune
 from lightning_condensa.schemes.lowrank import LowRank
@@ -43,4 +44,5 @@ __all__ = [
     "Skipped",
     "SumOfProducts",
     "Target",
+    "per_group",
 ]

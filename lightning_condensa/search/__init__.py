@@ -1,6 +1,7 @@
 """How far can it go: constrained Bayesian optimization over Trainer runs."""
 
 from lightning_condensa.schemes import Choice, Range
+from lightning_condensa.search.allocation import allocate
 from lightning_condensa.search.condensa_search import CondensaSearch
 from lightning_condensa.search.executors import (
     DaskExecutor,
@@ -11,6 +12,7 @@ from lightning_condensa.search.executors import (
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
 from lightning_condensa.search.sampler import CondensaSampler
+from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.strategies import Strategy, make_strategy
 
 __all__ = [
@@ -26,8 +28,10 @@ __all__ = [
     "Range",
     "RayExecutor",
     "SearchResult",
+    "Sensitivity",
     "Strategy",
     "SubmititExecutor",
     "Trial",
+    "allocate",
     "make_strategy",
 ]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["CliffCurves", "thin"]
+__all__ = ["RUN_SD", "CliffCurves", "thin"]
 
-_RUN_SD = (0.0007, 0.0015, 0.003, 0.005)
+RUN_SD = (0.0007, 0.0015, 0.003, 0.005)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class CliffCurves:
         low = min(0.02, u_max / 10)
         in_u = uniform(low, 1.05 * u_max)
         in_sparsity = -torch.log1p(-uniform(low, -math.expm1(-1.02 * u_max)))
-        level = torch.randint(len(_RUN_SD), (count,), generator=generator)
+        level = torch.randint(len(RUN_SD), (count,), generator=generator)
         normal = torch.randn(count, generator=generator, dtype=torch.float64)
         return cls(
             location=torch.where(uniform(0, 1) < 0.6, in_u, in_sparsity),
@@ -92,7 +92,7 @@ class CliffCurves:
             slope=unless(0.5, uniform(0, 0.006)),
             gain=unless(0.3, 0.004 * normal.abs()),
             gain_at=uniform(0.2, 0.8),
-            run_sd=torch.tensor(_RUN_SD, dtype=torch.float64)[level],
+            run_sd=torch.tensor(RUN_SD, dtype=torch.float64)[level],
         )
 
     def drop(self, u: Tensor) -> Tensor:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from lightning_condensa.objectives import Objective
+from lightning_condensa.search.landscape import Landscape
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.result import Baseline
+from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.strategies import Strategy
 from lightning_condensa.search.trial import Mode
-from lightning_condensa.search.utility import Utility, known_objective, utilities
 
 #: Constraint of a diverged trial: infeasible by far, and finite, which the dashboard needs.
 DIVERGED_VIOLATION = 1e6
@@ -36,7 +37,7 @@ class Formulation:
     Attributes:
         candidates: The values that can be proposed.
         points: Their coordinates, float64 of shape ``(N, d)``.
-        known: Their objective.
+        landscape: Their objective, and that of every other point.
         problem: What the strategy is told.
     """
 
@@ -53,13 +54,13 @@ class Formulation:
         self.space, self.baseline = space, baseline
         self.sign = 1.0 if mode == "max" else -1.0
         self.level = baseline.metric - self.sign * tolerance
-        self.candidates = space.candidates(model)
-        self.points = torch.stack([space.coordinates(v) for v in self.candidates])
-        self.known = known_objective(objective, space, model, self.candidates)
-        self.utility = Utility(objective, [*self.known, baseline.objective])
+        self.landscape = Landscape(objective, space, model, baseline.objective)
+        self.candidates, self.points = self.landscape.candidates, self.landscape.points
+        self.utility = self.landscape.utility
+        accurate = mode == "max" and 0 < baseline.metric <= 1
         self.problem = Problem(
             candidates=self.points,
-            utility=utilities(self.utility, self.known),
+            utility=self.landscape.utilities,
             baseline=Observation(
                 space.dense_point(),
                 metric=self.sign * baseline.metric,
@@ -68,9 +69,22 @@ class Formulation:
             ),
             level=self.sign * self.level,
             noise_variance=baseline.variance,
-            cliff=space.is_density and mode == "max" and 0 < baseline.metric <= 1,
+            cliff=space.is_density and accurate,
             z=z,
+            domain=self.landscape.domain,
+            accuracy=self.landscape.domain is not None and accurate,
         )
+        self._tolerance = tolerance
+
+    @property
+    def scannable(self) -> bool:
+        """Whether the strategy has a use for a scan of the dimensions."""
+        return self.problem.accuracy
+
+    def use(self, sensitivity: Sensitivity) -> None:
+        """Tell the strategy of a scan."""
+        loss = max(2 * self._tolerance, 0.02)
+        self.problem = replace(self.problem, scan=sensitivity.prior(self.space, loss, self.sign))
 
     @property
     def target(self) -> float:
@@ -96,9 +110,8 @@ class Formulation:
         return self.problem.target - self.sign * metric
 
     def objective_at(self, values: Mapping[str, Any]) -> float:
-        """The known objective of the nearest candidate."""
-        point: Tensor = self.space.coordinates(dict(values))
-        return self.known[int(self.problem.nearest(point[None]))]
+        """The known objective at some values."""
+        return self.landscape.measure(dict(values))
 
     def propose(
         self,
@@ -117,5 +130,5 @@ class Formulation:
         """
         points = [self.space.coordinates(dict(values)) for values in taken]
         pending = torch.stack(points) if points else None
-        proposed = strategy.propose(self.problem, history, pending, q=1, seed=seed)
-        return self.candidates[proposed[0]] if proposed else None
+        proposed = strategy.suggest(self.problem, history, pending, q=1, seed=seed)
+        return self.landscape.values(proposed[0]) if len(proposed) else None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_condensa.search.domain import Domain
+
 __all__ = ["Observation", "Problem", "best_feasible", "nearest_miss"]
 
 
@@ -79,6 +81,13 @@ class Problem:
         cliff: True when the one coordinate is ``u = -ln(density)`` and the metric behaves like an
             accuracy in [0, 1], so that the parametric cliff curves apply.
         z: Certification margin in standard deviations of the evaluation noise.
+        domain: Several dimensions, of whose combinations more candidates can be made; the
+            coordinates of ``candidates`` are its. None where the candidates are all there is.
+        accuracy: True when, with a domain, the metric behaves like an accuracy in [0, 1], so that
+            damages add up.
+        scan: What the untrained network loses in each dimension by itself, shape ``[d]``: for a
+            range the coordinate at which it loses the first points, for each option of a choice
+            the loss; NaN where unknown. It need not be right.
 
     Raises:
         ValueError: If there are no candidates or a field contradicts another.
@@ -98,6 +107,9 @@ class Problem:
     noise_variance: float
     cliff: bool
     z: float = 0.0
+    domain: Domain | None = None
+    accuracy: bool = False
+    scan: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Validate once, at the boundary."""
@@ -127,6 +139,15 @@ class Problem:
                 f"cliff needs one coordinate and a metric in (0, 1], got d={d} and a baseline "
                 f"metric of {self.baseline.metric}"
             )
+        if self.domain is not None and self.domain.width != d:
+            raise ValueError(f"domain must have {d} coordinates, got {self.domain.width}")
+        if self.accuracy and (self.domain is None or not 0 < self.baseline.metric <= 1):
+            raise ValueError(
+                "accuracy needs a domain and a metric in (0, 1], got a baseline metric of "
+                f"{self.baseline.metric}"
+            )
+        if self.scan is not None and self.scan.shape != (d,):
+            raise ValueError(f"scan must have shape [{d}], got {list(self.scan.shape)}")
         if self.cliff and bool((self.candidates < 0).any()):
             raise ValueError("cliff needs candidates u = -ln(density) >= 0, got negative ones")
 
@@ -147,7 +168,7 @@ class Problem:
         return self.level + self.z * math.sqrt(self.noise_variance)
 
     def utility_at(self, points: Tensor) -> Tensor:
-        """The known utility of ``points``, that of the nearest candidate each.
+        """The known utility of ``points``, that of the nearest candidate or combination each.
 
         Args:
             points: Shape ``[..., d]``.
@@ -156,6 +177,8 @@ class Problem:
             Shape ``[...]``.
         """
         flat = points.reshape(-1, points.shape[-1]).to(self.candidates)
+        if self.domain is not None:
+            return self.domain.utility(self.domain.nearest(flat)).view(points.shape[:-1])
         return self.utility[self.nearest(flat)].reshape(points.shape[:-1])
 
     def nearest(self, points: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from lightning_condensa.schemes import Range, Scheme
 
 GRID = 256
 SOBOL = 128
+#: Values of a range among which a search in several dimensions combines.
+LEVELS = 64
 
 
 class SearchSpace:
@@ -48,23 +50,59 @@ class SearchSpace:
     @property
     def is_density(self) -> bool:
         """Whether the only dimension is a density, whose coordinate is ``u = −ln(density)``."""
-        if len(self.dimensions) != 1:
-            return False
-        ((name, dimension),) = self.dimensions.items()
-        return isinstance(dimension, Range) and "density" in name.rpartition(".")[2]
+        return len(self.dimensions) == 1 and self.starts_dense(next(iter(self.dimensions)))
+
+    def is_range(self, name: str) -> bool:
+        """Whether a dimension is a range rather than a choice."""
+        return isinstance(self.dimensions[name], Range)
+
+    def starts_dense(self, name: str) -> bool:
+        """Whether a dimension is a range of densities: coordinate 0 leaves everything."""
+        return self.is_range(name) and "density" in name.rpartition(".")[2]
 
     def coordinates(self, values: dict[str, Any]) -> Tensor:
         """The point of some values, float64 of shape ``(d,)``."""
-        point: list[float] = []
+        return torch.cat([self.coordinate(name, values[name]) for name in self.dimensions])
+
+    def coordinate(self, name: str, value: Any) -> Tensor:
+        """The coordinates of one dimension, float64."""
+        dimension = self.dimensions[name]
+        if not isinstance(dimension, Range):
+            column = [float(option == value) for option in dimension.options]
+        else:
+            column = [-math.log(value) if dimension.low > 0 else -value]
+        return torch.tensor(column, dtype=torch.float64)
+
+    def mildest(self) -> dict[str, Any]:
+        """The high end of every range and the first option of every choice."""
+        return self._values([0.0] * len(self.dimensions))
+
+    def spread(self, name: str, count: int) -> list[Any]:
+        """``count`` values of a range, even in its coordinate, mildest first; all options."""
+        dimension = self.dimensions[name]
+        if not isinstance(dimension, Range):
+            return list(dimension.options)
+        even = Range(dimension.low, dimension.high, log=dimension.low > 0)
+        return [even.at(i / (count - 1)) for i in range(count)]
+
+    def levels(self, module: nn.Module) -> dict[str, list[Any]]:
+        """Values of each dimension by itself, mildest first, one per realizable structure.
+
+        Up to 64 of a range, evenly spaced in its coordinate; all options of a choice.
+        """
+        graph = self.scheme.trace(module)
+        mildest = self.mildest()
+        found: dict[str, list[Any]] = {}
         for name, dimension in self.dimensions.items():
-            value = values[name]
             if not isinstance(dimension, Range):
-                point += [float(option == value) for option in dimension.options]
-            elif dimension.low > 0:
-                point.append(-math.log(value))
-            else:
-                point.append(-value)
-        return torch.tensor(point, dtype=torch.float64)
+                found[name] = list(dimension.options)
+                continue
+            structures: dict[object, Any] = {}
+            for value in self.spread(name, LEVELS):
+                bound = self.scheme.at({**mildest, name: value}).bind(module, graph)
+                structures.setdefault(bound.structure, value)
+            found[name] = list(structures.values())
+        return found
 
     def dense_point(self) -> Tensor:
         """The point that stands for the uncompressed model: the origin.
@@ -72,12 +110,12 @@ class SearchSpace:
         ``u = 0`` is density 1; for other ranges and for choices it is a point outside all
         candidates, known to be feasible.
         """
-        return torch.zeros_like(self.coordinates(self._values([0.0] * len(self.dimensions))))
+        return torch.zeros_like(self.coordinates(self.mildest()))
 
     def candidates(self, module: nn.Module) -> list[dict[str, Any]]:
         """Values to choose from, one per realizable structure, densest first.
 
-        A grid for one dimension, a Sobol sequence for several. Values that give the same
+        An even grid along one dimension, a Sobol sequence over several. Values that give the same
         structure on ``module`` (densities that keep the same count) appear once.
         """
         if len(self.dimensions) == 1:

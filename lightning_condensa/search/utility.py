@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,24 +40,52 @@ class Utility:
             return self._sign * math.log(max(value, math.ulp(0.0)))
         return self._sign * value / self._range
 
+    def of(self, values: Tensor) -> Tensor:
+        """The utilities of many values, of the same shape."""
+        if self._log:
+            return self._sign * values.clamp(min=math.ulp(0.0)).log()
+        return self._sign * values / self._range
+
+
+class KnownObjective:
+    """The objective of values, from projected but untrained copies of a module; each once.
+
+    Args:
+        objective: The objective.
+        space: The open dimensions.
+        module: The module.
+
+    Attributes:
+        cache: What has been measured.
+    """
+
+    def __init__(
+        self, objective: Objective, space: SearchSpace, module: pl.LightningModule
+    ) -> None:
+        self.objective = objective
+        self.cache: dict[tuple[Any, ...], float] = {}
+        self._space, self._module = space, module
+        self._graph = space.scheme.trace(module)
+
+    def __call__(self, values: Mapping[str, Any]) -> float:
+        """The objective."""
+        key = tuple(values[name] for name in self._space.dimensions)
+        if key not in self.cache:
+            scheme = self._space.scheme.at(values)
+            compressed = CompressedModel.compress(self._module, scheme, self._graph)
+            self.cache[key] = self.objective(compressed)
+        return self.cache[key]
+
 
 def known_objective(
-    objective: Objective,
-    space: SearchSpace,
-    module: pl.LightningModule,
-    candidates: list[dict[str, Any]],
+    evaluate: KnownObjective, space: SearchSpace, candidates: list[dict[str, Any]]
 ) -> list[float]:
-    """The objective at every candidate, from projected but untrained copies of the module.
+    """The objective at every candidate of one dimension.
 
-    In one dimension it is evaluated at up to 20 candidates and interpolated between them along
-    the coordinate.
+    That of a range is evaluated at up to 20 candidates and interpolated between them along the
+    coordinate.
     """
-    graph = space.scheme.trace(module)
-
-    def evaluate(values: dict[str, Any]) -> float:
-        return objective(CompressedModel.compress(module, space.scheme.at(values), graph))
-
-    if len(space.dimensions) > 1 or len(candidates) <= _ANCHORS:
+    if len(candidates) <= _ANCHORS:
         return [evaluate(values) for values in candidates]
     points = torch.stack([space.coordinates(v) for v in candidates])
     if points.shape[1] > 1:  # a single choice

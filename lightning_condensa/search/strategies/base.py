@@ -44,6 +44,40 @@ class Strategy(ABC):
             ValueError: If ``q < 1``, a shape does not fit the problem, or the strategy cannot
                 handle such a problem.
         """
+        pending, free = self._checked(problem, history, pending, q)
+        q = min(q, int(free.sum()))
+        return self._select(problem, history, pending, free, q, seed) if q else []
+
+    def suggest(
+        self,
+        problem: Problem,
+        history: Sequence[Observation],
+        pending: Tensor | None,
+        q: int,
+        seed: int,
+    ) -> Tensor:
+        """Points to evaluate: those of `propose`, or others of the problem's domain.
+
+        Args:
+            problem: What is sought.
+            history: As for `propose`.
+            pending: As for `propose`.
+            q: As for `propose`.
+            seed: As for `propose`.
+
+        Returns:
+            Distinct points, most wanted first, shape ``[<= q, d]``.
+
+        Raises:
+            ValueError: As for `propose`.
+        """
+        return problem.candidates[self.propose(problem, history, pending, q, seed)]
+
+    @staticmethod
+    def _checked(
+        problem: Problem, history: Sequence[Observation], pending: Tensor | None, q: int
+    ) -> tuple[Tensor, Tensor]:
+        """Pending points in double precision, and which candidates are free."""
         d = problem.candidates.shape[-1]
         if q < 1:
             raise ValueError(f"q must be at least 1, got {q}")
@@ -55,9 +89,7 @@ class Strategy(ABC):
             raise ValueError(f"history must hold points of {d} coordinates")
         pending = pending.to(problem.candidates)
         taken = torch.cat([pending, *(seen.point[None] for seen in history)])
-        free = ~occupied(problem.candidates, taken)
-        q = min(q, int(free.sum()))
-        return self._select(problem, history, pending, free, q, seed) if q else []
+        return pending, ~occupied(problem.candidates, taken)
 
     @abstractmethod
     def _select(
