@@ -191,6 +191,7 @@ class SearchRun:
             direction=search.objective.direction,
             unit=search.objective.unit,
             curve=self._curve(records),
+            scheme=search.space.scheme.to_yaml(),
         )
 
     def _trial(self, record: Record) -> Trial:
@@ -208,6 +209,7 @@ class SearchRun:
             state=state,
             variance=record.variance,
             directory=Path(record.directory),
+            started=record.started,
             **own,
         )
 
