@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_condensa.search.result import SearchResult, Trial
+    from lightning_condensa.search.result import SearchResult
 
 _ROW = 0.34  # inches
 
@@ -57,7 +57,9 @@ def plot_groups(result: SearchResult, axes: Axes | None = None) -> Figure:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [plain(name) for name in rows])
     axes.tick_params(axis="y", length=0)
-    _explain(axes, result, ranges)
+    legend(axes, result.trials if ranges else (), above=True)
+    if result.best is not None:
+        axes.set_title(f"best: trial {result.best.number}", fontsize=9, loc="right")
     return figure
 
 
@@ -70,7 +72,7 @@ def _draw_ranges(axes: Axes, result: SearchResult, names: list[str]) -> None:
     scale(axes, "x", values)
     low, high = min(values), max(values)
     if axes.get_xscale() == "log":
-        axes.set_xlim(low / 1.3, max(high, 1.0) * 1.3)
+        axes.set_xlim(low / 1.3, high * 1.3)
     else:
         margin = 0.08 * (high - low) or abs(high) or 1.0
         axes.set_xlim(low - margin, high + margin)
@@ -81,13 +83,14 @@ def _draw_ranges(axes: Axes, result: SearchResult, names: list[str]) -> None:
             axes.barh(row, end - start, 0.5, left=start, color=GOLD, alpha=0.5, zorder=1)
             axes.annotate(
                 f"{end:.3g}",
-                (end, row),
-                xytext=(6, 0),
+                (1.0, row),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
                 textcoords="offset points",
                 fontsize=8,
                 fontweight="bold",
                 va="center",
-                zorder=4,
+                annotation_clip=False,
             )
         for trial in result.trials:
             axes.plot(
@@ -99,7 +102,8 @@ def _draw_ranges(axes: Axes, result: SearchResult, names: list[str]) -> None:
                 alpha=1.0 if trial is best else 0.45,
                 zorder=3,
             )
-    axes.set_xlabel("value (density, for most)" if len(names) > 1 else plain(names[0]))
+    kinds = {name.rpartition(".")[2] for name in names}
+    axes.set_xlabel(plain(kinds.pop()) if len(kinds) == 1 else "value")
 
 
 def _draw_choice(axes: Axes, result: SearchResult, row: int, name: str) -> None:
@@ -128,15 +132,3 @@ def _natural(option: str) -> tuple[float, str]:
         return float(option), option
     except ValueError:
         return float("inf"), option
-
-
-def _explain(axes: Axes, result: SearchResult, ranges: list[str]) -> None:
-    trials: tuple[Trial, ...] = result.trials if ranges else ()
-    legend(axes, trials)
-    shown = axes.get_legend()
-    if shown is not None:  # above the rows, which need all the room
-        shown.set_loc("lower left")
-        shown.set_bbox_to_anchor((0.0, 1.0), transform=axes.transAxes)
-        shown.set_ncols(4)
-    if result.best is not None:
-        axes.set_title(f"best: trial {result.best.number}", fontsize=9, loc="right")

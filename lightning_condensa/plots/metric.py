@@ -113,8 +113,8 @@ def _draw_cliff(axes: Axes, result: SearchResult) -> None:
     if cliff is None:
         return
     ends = [crossing(curve.values, edge, result.level) for edge in (curve.lower, curve.upper)]
-    known = [f"{end:.3g}" for end in ends if end is not None]
-    between = f" ({known[0]} to {known[1]})" if len(known) == 2 else ""
+    known = sorted(end for end in ends if end is not None)
+    between = f" ({known[0]:.3g} to {known[1]:.3g})" if len(known) == 2 else ""
     axes.axvline(
         cliff, color="tab:blue", linestyle=(0, (1, 1)), label=f"cliff at {cliff:.3g}{between}"
     )

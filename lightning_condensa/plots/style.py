@@ -120,8 +120,8 @@ def draw_levels(axes: Axes, result: SearchResult) -> None:
         axes.axhline(result.target, color="tab:orange", linestyle="-.", label="with confidence")
 
 
-def legend(axes: Axes, trials: Iterable[Trial]) -> None:
-    """Explain what is drawn, and the states that occur."""
+def legend(axes: Axes, trials: Iterable[Trial], *, above: bool = False) -> None:
+    """Explain what is drawn, and the states that occur; ``above`` the axes where they are full."""
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
@@ -130,7 +130,22 @@ def legend(axes: Axes, trials: Iterable[Trial]) -> None:
         if state in present:
             handles.append(Line2D([], [], color=color, marker=MARKERS[state], linestyle=""))
             labels.append(state)
-    if handles:
+    if not handles:
+        return
+    if above:
+        axes.legend(
+            handles,
+            labels,
+            fontsize=8,
+            frameon=False,
+            ncols=4,
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            borderaxespad=0.1,
+            columnspacing=1.0,
+            handletextpad=0.2,
+        )
+    else:
         axes.legend(handles, labels, fontsize=8, framealpha=0.6)
 
 

@@ -65,7 +65,7 @@ def plot_timeline(result: SearchResult, axes: Axes | None = None) -> Figure:
     lanes = 1 + max((bar.lane for bar in bars), default=0)
     figure, axes = canvas(axes, 6.4, 1.6 + 0.4 * min(lanes, 16))
     length = max((bar.start + bar.trial.seconds for bar in bars), default=0.0) or 1.0
-    unit, name = (3600, "h") if length > 7200 else (60, "min") if length > 120 else (1, "s")
+    unit, name = (3600, "h") if length > 7200 else (60, "min") if length > 300 else (1, "s")
     for bar in bars:
         best = bar.trial is result.best
         # What failed at once still has to be seen.
@@ -95,11 +95,11 @@ def plot_timeline(result: SearchResult, axes: Axes | None = None) -> Figure:
         axes.axvline(pause.at / unit, color="tab:gray", linestyle="--", linewidth=1)
         axes.annotate(
             f"idle {_duration(pause.seconds)}",
-            (pause.at / unit, 1.0),
+            (pause.at / unit, 0.5),
             xycoords=("data", "axes fraction"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
+            ha="right",
+            va="center",
+            rotation=90,
             fontsize=7,
         )
     axes.set_xlim(-0.01 * length / unit, 1.02 * length / unit)
@@ -107,7 +107,7 @@ def plot_timeline(result: SearchResult, axes: Axes | None = None) -> Figure:
     axes.set_yticks(range(lanes), [str(lane + 1) for lane in range(lanes)])
     axes.set_xlabel(f"time [{name}]" + (", without pauses" if pauses else ""))
     axes.set_ylabel("at once")
-    _legend_above(axes, [bar.trial for bar in bars])
+    legend(axes, [bar.trial for bar in bars], above=True)
     if not bars:
         axes.text(0.5, 0.5, "no trial", transform=axes.transAxes, ha="center", va="center")
     return figure
@@ -152,12 +152,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{seconds / unit:.2g} {name}"
     return f"{seconds:.2g} s"
-
-
-def _legend_above(axes: Axes, trials: list[Trial]) -> None:
-    legend(axes, trials)
-    shown = axes.get_legend()
-    if shown is not None:
-        shown.set_loc("lower right")
-        shown.set_bbox_to_anchor((1.0, 1.04), transform=axes.transAxes)
-        shown.set_ncols(4)
