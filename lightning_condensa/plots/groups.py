@@ -99,6 +99,7 @@ def _draw_ranges(axes: Axes, result: SearchResult, names: list[str]) -> None:
                 MARKERS[trial.state],
                 color=COLORS[trial.state],
                 markersize=5,
+                in_layout=False,
                 alpha=1.0 if trial is best else 0.45,
                 zorder=3,
             )
@@ -118,6 +119,7 @@ def _draw_choice(axes: Axes, result: SearchResult, row: int, name: str) -> None:
             transform=axes.get_yaxis_transform(),
             ha="center",
             va="center",
+            in_layout=False,
             fontsize=8,
             fontweight="bold" if chosen else "normal",
             bbox={"facecolor": GOLD, "alpha": 0.5, "edgecolor": GOLD_EDGE, "pad": 2.5}

@@ -22,7 +22,7 @@ COLORS = {
 MARKERS = {"feasible": "o", "infeasible": "v", "diverged": "x", "failed": "+"}
 GOLD, GOLD_EDGE = "gold", "#8a6d00"
 #: More trials than this are not numbered: the numbers would hide each other.
-MANY = 40
+MANY = 30
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -94,7 +94,15 @@ def draw_trials(
 ) -> None:
     """Draw a marker for each trial, with its number."""
     for trial, a, b in zip(trials, x, y, strict=True):
-        axes.plot(a, b, MARKERS[trial.state], color=COLORS[trial.state], gid=f"trial{trial.number}")
+        # All are within the axes: the layout need not measure each, which takes most of the time.
+        axes.plot(
+            a,
+            b,
+            MARKERS[trial.state],
+            color=COLORS[trial.state],
+            gid=f"trial{trial.number}",
+            in_layout=False,
+        )
         if len(trials) <= MANY:
             axes.annotate(
                 str(trial.number),
@@ -102,6 +110,7 @@ def draw_trials(
                 fontsize=7,
                 xytext=(4, 4),
                 textcoords="offset points",
+                in_layout=False,
             )
 
 

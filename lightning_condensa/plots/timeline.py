@@ -90,6 +90,7 @@ def plot_timeline(result: SearchResult, axes: Axes | None = None) -> Figure:
                 fontsize=7,
                 color="white",
                 clip_on=True,
+                in_layout=False,
             )
     for pause in pauses:
         axes.axvline(pause.at / unit, color="tab:gray", linestyle="--", linewidth=1)
