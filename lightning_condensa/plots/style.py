@@ -75,15 +75,18 @@ def short(value: float) -> str:
 
 def scale(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:
     """Scale an axis for some values, by logarithm where they are positive and range far."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     known = list(values)
     low, high = min(known, default=0.0), max(known, default=0.0)
     if low > 0 and high > 5 * low:
         axes.set(**{f"{which}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+        near = high < 200 * low
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
         axis.set_minor_formatter(NullFormatter())
+        if near:
+            axis.set_minor_locator(NullLocator())
     else:
         axis.set_major_locator(MaxNLocator(6))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -155,7 +158,7 @@ def legend(axes: Axes, trials: Iterable[Trial], *, above: bool = False) -> None:
             handletextpad=0.2,
         )
     else:
-        axes.legend(handles, labels, fontsize=8, framealpha=0.6)
+        axes.legend(handles, labels, fontsize=8, framealpha=0.6).set_in_layout(False)
 
 
 def focus(axes: Axes, result: SearchResult) -> None:
