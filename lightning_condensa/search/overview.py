@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
+from html import escape
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_condensa.plots import search_plots
+from lightning_condensa.search.report import trial_cells
 from lightning_condensa.search.result import SearchResult, Trial
 
 log = logging.getLogger(__name__)
 
 
 class Overview:
-    """The search in TensorBoard: scalars of every trial, and from time to time its figure.
+    """The search in TensorBoard: scalars of every trial; from time to time all trials and figures.
 
     Args:
         directory: Of the TensorBoard run.
@@ -44,10 +47,18 @@ class Overview:
                     writer.add_scalar(name, value, trial.number)
 
     def draw(self, result: SearchResult) -> None:
-        """Log the figure, where matplotlib is installed; ``result`` must have a trial."""
+        """Log the outcome as text, and each figure where matplotlib is installed.
+
+        Args:
+            result: The search so far, with at least one trial.
+        """
         self._drawn = time.monotonic()
-        if importlib.util.find_spec("matplotlib") is None:
-            log.info("no figure in TensorBoard: pip install 'lightning-condensa[plots]'")
-            return
+        step = result.trials[-1].number
+        text = f"{escape(result.summary())}\n\n{trial_cells(result).to_markdown()}"
         with SummaryWriter(str(self._directory)) as writer:
-            writer.add_figure("search/overview", result.plot(), result.trials[-1].number)
+            writer.add_text("search/trials", text, step)
+            if importlib.util.find_spec("matplotlib") is None:
+                log.info("no figures in TensorBoard: pip install 'lightning-condensa[plots]'")
+                return
+            for name, plot in search_plots(result).items():
+                writer.add_figure(f"search/{name}", plot(), step)

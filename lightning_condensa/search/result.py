@@ -18,6 +18,7 @@ from torch import nn
 from lightning_condensa.deploy import load_compressed
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Direction
+from lightning_condensa.search.report import to_html
 from lightning_condensa.search.trial import MODEL_FILE, Mode
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Trial:
         seconds: Wall-clock time.
         message: The error of a diverged or failed trial.
         directory: Where its logs and packed model are.
+        started: When it was handed out, in seconds since 1970; ``None`` where it is not known.
     """
 
     number: int
@@ -75,6 +77,7 @@ class Trial:
     seconds: float
     message: str
     directory: Path
+    started: float | None = None
 
     @property
     def path(self) -> Path:
@@ -121,6 +124,7 @@ class SearchResult:
         direction: Its direction.
         unit: Its unit.
         curve: The surrogate along the dimension; ``None`` for several dimensions.
+        scheme: The searched scheme as YAML, with its dimensions; empty where it is not known.
     """
 
     baseline: Baseline
@@ -133,6 +137,7 @@ class SearchResult:
     direction: Direction
     unit: str
     curve: Curve | None
+    scheme: str = ""
 
     @property
     def best(self) -> Trial | None:
@@ -237,11 +242,19 @@ class SearchResult:
         """
         from lightning_condensa.plots import plot_search
 
-        figure: Figure = plot_search(self)
-        return figure
+        return plot_search(self)
+
+    def to_html(self) -> str:
+        """A page with the outcome, settings, figures, trials and the best model's tensors.
+
+        It refers to nothing outside itself. Without matplotlib it has no figures.
+        """
+        return to_html(self)
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``result.json``, ``search.png`` and the best model as ``best.condensa``.
+        """Write ``result.json``, ``report.html``, ``search.png`` and the best model.
+
+        The model is ``best.condensa``; there is none where no trial is feasible.
 
         Args:
             directory: Created where it is missing.
@@ -254,6 +267,7 @@ class SearchResult:
         write_atomically(target / "result.json", json.dumps(self.to_dict(), indent=1).encode())
         if self.best is not None:
             shutil.copyfile(self.best.path, target / "best.condensa")
+        write_atomically(target / "report.html", self.to_html().encode())
         self.plot().savefig(target / "search.png", dpi=120)
         return target
 

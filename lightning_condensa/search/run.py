@@ -189,6 +189,7 @@ class SearchRun:
             direction=search.objective.direction,
             unit=search.objective.unit,
             curve=curve,
+            scheme=search.space.scheme.to_yaml(),
         )
 
 

@@ -54,6 +54,7 @@ class Record:
         outcome: What it found.
         directory: Where its files are.
         variance: Variance of its metric.
+        started: When it was handed out, in seconds since 1970.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Record:
     outcome: TrialOutcome
     directory: str
     variance: float
+    started: float | None
 
 
 class Store:
@@ -223,6 +225,7 @@ def _record(trial: FrozenTrial) -> Record:
         outcome=TrialOutcome(**{k: attrs[k] for k in fields if k in attrs}),
         directory=attrs["directory"],
         variance=attrs["variance"],
+        started=None if trial.datetime_start is None else trial.datetime_start.timestamp(),
     )
 
 

@@ -27,6 +27,7 @@ def trial_of(record: Record, formulation: Formulation) -> Trial:
         state=state,
         variance=record.variance,
         directory=Path(record.directory),
+        started=record.started,
         **own,
     )
 

@@ -246,7 +246,7 @@ def test_tensorboard_has_every_trial_and_an_overview(tmp_path: Path) -> None:
     overview = EventAccumulator(str(tmp_path / "overview"), size_guidance={"images": 0}).Reload()
     tags = overview.Tags()
     assert {"search/val_acc", "search/objective"} <= set(tags["scalars"])
-    assert "search/overview" in tags["images"]
+    assert {"search/metric", "search/trace"} <= set(tags["images"])
     logged = [e.value for e in overview.Scalars("search/val_acc")]
     assert logged == pytest.approx([t.metric for t in result.trials])
     for trial in result.trials:
