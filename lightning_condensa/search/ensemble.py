@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_condensa.search.certification import probability_of_level
 from lightning_condensa.search.cliff import RUN_SD
 from lightning_condensa.search.damage import DamageCurves, DamagePrior, features
 from lightning_condensa.search.feasibility import Feasibility
@@ -128,6 +129,13 @@ class DamageMixture:
         """Feasibility of ``X`` [..., q, d], jointly over both ensembles."""
         margins = [part.feasibility(X).margin for part in self.parts]
         return Feasibility(torch.cat(margins, dim=-2), self.log_weights)
+
+    def certainty(self, seen: Observation, level: float) -> float:
+        """Probability that a model of the history truly reaches a level."""
+        found = [p.predictive(seen.point[None], p.predictive_discrepancy) for p in self.parts]
+        mean = torch.cat([metric[:, 0] for metric, _ in found])
+        variance = torch.cat([spread[:, 0] for _, spread in found]) - self.parts[0].noise_variance
+        return probability_of_level(seen, level, mean, variance, self.log_weights)
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted mean and quantiles of the members at ``X`` [N, d]."""

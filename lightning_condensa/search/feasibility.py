@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_condensa.search.problem import Observation
+
 __all__ = ["Feasibility", "FeasibilityModel"]
 
 
@@ -40,6 +42,10 @@ class FeasibilityModel(Protocol):
 
     def feasibility(self, X: Tensor) -> Feasibility:
         """Feasibility of the ``q`` points of each batch, jointly; ``X`` is ``[..., q, d]``."""
+        ...
+
+    def certainty(self, seen: Observation, level: float) -> float:
+        """Probability that a model of the history truly reaches a level."""
         ...
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.result import Baseline
 from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.space import SearchSpace
+from lightning_condensa.search.store import Record
 from lightning_condensa.search.strategies import Strategy
 from lightning_condensa.search.trial import Mode
 
@@ -102,6 +103,10 @@ class Formulation:
             utility=None if objective is None else self.utility(objective),
             diverged=metric is None,
         )
+
+    def seen(self, record: Record) -> Observation:
+        """A trial that ended, and did not fail."""
+        return self.observation(record.values, record.outcome.metric, record.outcome.objective)
 
     def violation(self, metric: float | None) -> float:
         """How far a metric misses the target; at most 0 where it is feasible."""

@@ -63,6 +63,9 @@ class Trial:
         message: The error of a diverged or failed trial.
         directory: Where its logs and packed model are.
         started: When it was handed out, in seconds since 1970; ``None`` where it is not known.
+        probability: How sure it is, after all trials, that the model truly keeps the level: its
+            measured metric is drawn towards what the others make one expect of it. ``None`` while
+            the search runs.
     """
 
     number: int
@@ -78,6 +81,7 @@ class Trial:
     message: str
     directory: Path
     started: float | None = None
+    probability: float | None = None
 
     @property
     def path(self) -> Path:
@@ -210,7 +214,7 @@ class SearchResult:
                 f"Trial {best.number} is best: {show(best.values)}; "
                 f"{self.objective} {best.objective:,.5g} "
                 f"{self.unit} ({self.ratio(best):.1f} × better than dense) at {self.metric} "
-                f"{best.metric:.4f}, of {self._requirement()}."
+                f"{best.metric:.4f}, of {self._requirement()}{_sure(best)}."
             )
         text = f"No trial is feasible: none of {len(self.trials)} has {self._requirement()}."
         miss = self.nearest_miss
@@ -283,6 +287,12 @@ def show(values: Mapping[str, Any]) -> str:
         f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
         for name, value in values.items()
     )
+
+
+def _sure(trial: Trial) -> str:
+    if trial.probability is None:
+        return ""
+    return f"; truly so with a probability of {trial.probability:.2f}"
 
 
 def _best(trials: Sequence[Trial], direction: Direction) -> Trial | None:

@@ -13,10 +13,10 @@ from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.overview import Overview
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.progress import SearchProgress
-from lightning_condensa.search.result import Curve, SearchResult, Trial, show
+from lightning_condensa.search.result import SearchResult, Trial, show
 from lightning_condensa.search.store import Record, Started, Store
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
-from lightning_condensa.search.views import believed_curve, trial_of
+from lightning_condensa.search.views import Belief, belief, trial_of
 
 if TYPE_CHECKING:
     from lightning_condensa.search.condensa_search import CondensaSearch
@@ -119,11 +119,7 @@ class SearchRun:
         )
 
     def _history(self, records: list[Record]) -> list[Observation]:
-        return [
-            self.formulation.observation(r.values, r.outcome.metric, r.outcome.objective)
-            for r in records
-            if r.outcome.status != "failed"
-        ]
+        return [self.formulation.seen(r) for r in records if r.outcome.status != "failed"]
 
     def _directory(self, number: int) -> Path:
         return self.search.dirpath / "trials" / f"trial_{number:03d}"
@@ -159,7 +155,7 @@ class SearchRun:
         )
 
     def _tell(self, trial: Started) -> None:
-        result = self._result(None)
+        result = self._result(Belief(None, {}))
         ended = next(t for t in result.trials if t.number == trial.number)
         self.progress.print(_line(result, ended))
         self.overview.log(result, ended)
@@ -172,15 +168,14 @@ class SearchRun:
 
     def result(self) -> SearchResult:
         """The search as the study holds it."""
-        history = self._history(self.store.records())
-        return self._result(believed_curve(self.formulation, history, self.search.seed))
+        return self._result(belief(self.formulation, self.store.records(), self.search.seed))
 
-    def _result(self, curve: Curve | None) -> SearchResult:
+    def _result(self, held: Belief) -> SearchResult:
         search, formulation = self.search, self.formulation
         records = self.store.records()
         return SearchResult(
             baseline=formulation.baseline,
-            trials=tuple(trial_of(r, formulation) for r in records),
+            trials=tuple(trial_of(r, formulation, held.probability.get(r.number)) for r in records),
             level=formulation.level,
             target=formulation.target,
             metric=search.metric,
@@ -188,7 +183,7 @@ class SearchRun:
             objective=search.objective.name,
             direction=search.objective.direction,
             unit=search.objective.unit,
-            curve=curve,
+            curve=held.curve,
             scheme=search.space.scheme.to_yaml(),
         )
 

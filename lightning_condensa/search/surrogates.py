@@ -27,6 +27,7 @@ from gpytorch.priors import GammaPrior, NormalPrior
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
+from lightning_condensa.search.certification import probability_of_level
 from lightning_condensa.search.cliff import CliffCurves, thin
 from lightning_condensa.search.feasibility import Feasibility
 from lightning_condensa.search.problem import Observation, Problem
@@ -119,6 +120,13 @@ class CliffEnsemble(EnsembleModel):
             self.curves, drop, self.noise_variance, self.predictive_discrepancy
         )
         return Feasibility((metric - self.target) / variance.sqrt(), self.log_weights)
+
+    def certainty(self, seen: Observation, level: float) -> float:
+        """Probability that a model of the history truly reaches a level."""
+        drop = self.curves.drop(seen.point).squeeze(-1)
+        variance = self._variance(self.curves, drop, 0.0, self.predictive_discrepancy)
+        mean = self.baseline_metric - drop
+        return probability_of_level(seen, level, mean, variance, self.log_weights)
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted mean and quantiles of the curves at ``X`` [N, 1]."""
@@ -233,6 +241,15 @@ class BilogGP(SingleTaskGP):
         draws = sampler(posterior).squeeze(-1).movedim(0, -2)
         log_weights = X.new_full((self.samples,), -math.log(self.samples))
         return Feasibility(draws / self.noise_sd, log_weights)
+
+    def certainty(self, seen: Observation, level: float) -> float:
+        """Probability that a model of the history truly reaches a level, by its own measurement.
+
+        The process smooths the cliff too much to say of a point beside it how lucky it was: its
+        posterior is less often right than the measurement alone.
+        """
+        mean = torch.tensor([seen.metric or 0.0], dtype=torch.float64)
+        return probability_of_level(seen, level, mean, torch.tensor([torch.inf]), mean.new_zeros(1))
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
         """Median and quantiles of the metric at ``X`` [N, d]."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_condensa.search.feasibility import FeasibilityModel
 from lightning_condensa.search.formulation import Formulation
-from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.result import Curve, State, Trial
 from lightning_condensa.search.store import Record
 from lightning_condensa.search.strategies import KnownObjectiveStrategy
 
 
-def trial_of(record: Record, formulation: Formulation) -> Trial:
+def trial_of(record: Record, formulation: Formulation, probability: float | None) -> Trial:
     """A trial, judged by the level that the search has now."""
     outcome = record.outcome
     state: State
@@ -28,19 +29,38 @@ def trial_of(record: Record, formulation: Formulation) -> Trial:
         variance=record.variance,
         directory=Path(record.directory),
         started=record.started,
+        probability=probability,
         **own,
     )
 
 
-def believed_curve(
-    formulation: Formulation, history: Sequence[Observation], seed: int
-) -> Curve | None:
-    """The metric along the one dimension; ``None`` where there are several or it is a choice."""
+@dataclass(frozen=True)
+class Belief:
+    """What the default's surrogate makes of all trials, whatever strategy chose them.
+
+    Attributes:
+        curve: The metric along the one dimension; ``None`` where there are several or it is a
+            choice.
+        probability: Trial → probability that its model truly keeps the level.
+    """
+
+    curve: Curve | None
+    probability: Mapping[int, float]
+
+
+def belief(formulation: Formulation, records: Sequence[Record], seed: int) -> Belief:
+    """Fit the surrogate to the trials that ended."""
+    history = {r.number: formulation.seen(r) for r in records if r.outcome.status != "failed"}
+    problem = formulation.problem
+    surrogate = KnownObjectiveStrategy().surrogate(problem, list(history.values()), seed)
+    probability = {n: surrogate.certainty(seen, problem.level) for n, seen in history.items()}
+    return Belief(_curve(formulation, surrogate), probability)
+
+
+def _curve(formulation: Formulation, surrogate: FeasibilityModel) -> Curve | None:
     dimensions = formulation.space.dimensions
     if len(dimensions) > 1 or formulation.points.shape[1] > 1:
         return None
-    # Whatever strategy chose the trials, the plot shows what the default's surrogate believes.
-    surrogate = KnownObjectiveStrategy().surrogate(formulation.problem, history, seed)
     center, lower, upper = (formulation.sign * t for t in surrogate.predict(formulation.points))
     if formulation.sign < 0:
         lower, upper = upper, lower

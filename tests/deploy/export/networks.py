@@ -104,14 +104,19 @@ CASES = {
 }
 
 
-def run(path: Path, *inputs: Tensor) -> Tensor:
-    """The first output of an ONNX file."""
+def runtime(path: Path) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on one thread."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     # Exact sums on processors whose 8-bit products saturate.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, *inputs: Tensor) -> Tensor:
+    """The first output of an ONNX file."""
+    session = runtime(path)
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)}
     return torch.from_numpy(session.run(None, feed)[0])
 

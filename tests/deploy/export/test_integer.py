@@ -29,7 +29,7 @@ from lightning_condensa import (
 from lightning_condensa.deploy.export.integer import channel_codes, positive
 from lightning_condensa.schemes import Encoded
 
-from .networks import CASES, constants, evaluate, relative, run
+from .networks import CASES, constants, evaluate, relative, run, runtime
 
 
 def exported(
@@ -267,8 +267,8 @@ def test_other_layers_and_several_outputs(tmp_path: Path) -> None:
         for file in ("a.onnx", "float.onnx")
     ]
     assert names[0] == names[1]
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
-    outputs = [torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})]
+    found = runtime(tmp_path / "a.onnx").run(None, {"x": x.numpy()})
+    outputs = [torch.from_numpy(y) for y in found]
     for ours, theirs in zip(evaluate(model.module, x), outputs, strict=True):
         assert relative(theirs, ours) < 0.02
 

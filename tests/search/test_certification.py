@@ -1,0 +1,95 @@
+"""How sure a search is of what it found."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import loaders, search, toy
+
+from lightning_condensa.search.certification import probability_of_level
+from lightning_condensa.search.problem import Observation, best_feasible
+from lightning_condensa.search.strategies import KnownObjectiveStrategy
+from lightning_condensa.search.surrogates import BilogGP, CliffEnsemble
+from lightning_condensa.search.synthetic import SyntheticCliff
+
+ONE = torch.zeros(1, dtype=torch.float64)
+
+
+def seen(metric: float | None, variance: float = 1e-4) -> Observation:
+    return Observation(torch.zeros(1), metric, variance, utility=None, diverged=metric is None)
+
+
+@given(
+    metric=st.floats(0.5, 1.0),
+    mean=st.floats(0.5, 1.0),
+    noise=st.floats(1e-4, 0.05),
+    spread=st.floats(1e-4, 0.05),
+)
+def test_one_member_is_the_conjugate_posterior(
+    metric: float, mean: float, noise: float, spread: float
+) -> None:
+    precision = noise**-2 + spread**-2
+    posterior = (metric / noise**2 + mean / spread**2) / precision
+    expected = statistics.NormalDist(posterior, precision**-0.5).cdf
+    found = probability_of_level(
+        seen(metric, noise**2), 0.75, torch.tensor([mean]), torch.tensor([spread**2]), ONE
+    )
+    assert found == pytest.approx(1 - expected(0.75), abs=1e-4)
+
+
+def test_an_exact_measurement_decides_and_a_diverged_model_keeps_nothing() -> None:
+    doubtful = (torch.tensor([0.5]), torch.tensor([0.01]), ONE)
+    assert probability_of_level(seen(0.9, 0.0), 0.8, *doubtful) == pytest.approx(1)
+    assert probability_of_level(seen(0.7, 0.0), 0.8, *doubtful) == pytest.approx(0)
+    assert probability_of_level(seen(None), 0.0, *doubtful) == 0.0
+
+
+def test_winners_are_as_often_feasible_as_they_are_said_to_be() -> None:
+    """Closer than by their own measurement, which knows nothing of having been chosen."""
+    strategy = KnownObjectiveStrategy()
+    rows = []
+    for seed in range(24):
+        case = SyntheticCliff.draw(seed)
+        problem = case.problem()
+        history: list[Observation] = []
+        for trial in range(6):
+            (index,) = strategy.propose(problem, history, None, q=1, seed=trial)
+            history.append(case.observe(index))
+        best = best_feasible(history, problem.level)
+        if best is None:
+            continue
+        winner = history[best]
+        truth = float(case.accuracy[problem.nearest(winner.point[None])] >= problem.level)
+        sure = CliffEnsemble(problem, history, seed).certainty(winner, problem.level)
+        margin = (winner.metric - problem.level) / winner.variance**0.5
+        rows.append((truth, sure, statistics.NormalDist().cdf(margin)))
+    truth, sure = (statistics.fmean(row[k] for row in rows) for k in (0, 1))
+    assert len(rows) > 15 and truth < 0.95
+    assert abs(sure - truth) < 0.12
+    brier = [statistics.fmean((row[k] - row[0]) ** 2 for row in rows) for k in (1, 2)]
+    assert brier[0] < brier[1]
+
+
+def test_a_process_goes_by_the_measurement() -> None:
+    case = SyntheticCliff.draw(0)
+    problem = replace(case.problem(), cliff=False)
+    history = [case.observe(i) for i in (10, 200)]
+    process = BilogGP(problem, history, seed=0)
+    for one in history:
+        margin = (one.metric - problem.level) / one.variance**0.5
+        expected = statistics.NormalDist().cdf(margin)
+        assert process.certainty(one, problem.level) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_result_says_how_sure_it_is(tmp_path: Path) -> None:
+    result = search(tmp_path, max_trials=4).fit(toy(), **loaders())
+    assert all(0 <= t.probability <= 1 for t in result.trials)
+    best = result.best
+    assert best is not None
+    assert f"truly so with a probability of {best.probability:.2f}" in result.summary()
