@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.deploy.densities import kept_by_pool
 from lightning_condensa.deploy.export import OnnxReport, program_bytes, require_onnx, trace
+from lightning_condensa.deploy.factors import factored
 from lightning_condensa.deploy.loading import SHRINK_PLAN, eager_name
 from lightning_condensa.deploy.packed import Packed, pack, write_packed
 from lightning_condensa.deploy.plan import Plan, plan_to_text
@@ -38,14 +39,16 @@ class CompressedModel:
         plan: What :meth:`shrink` kept, where it has made the module smaller than its class makes
             it: parameter → dimension → kept indices, attribute → number.
         stays: Weight → why :meth:`shrink` left units in it that are zero.
+        factors: Whether :meth:`factorize` made two layers of one.
 
     Attributes:
         module: The module.
         theta: θ by parameter name.
         scheme: The scheme.
         plan: The shrink plan; empty where the module has its full size.
-        stays: Weight → why :meth:`shrink` left units in it that are zero; :meth:`report` says so,
-            too.
+        stays: Weight → why :meth:`shrink` left units in it that are zero, or :meth:`factorize` its
+            layer as it is; :meth:`report` says so, too.
+        factors: Whether :meth:`factorize` made two layers of one.
     """
 
     def __init__(
@@ -55,12 +58,15 @@ class CompressedModel:
         scheme: Scheme,
         plan: Plan | None = None,
         stays: Mapping[str, str] | None = None,
+        *,
+        factors: bool = False,
     ) -> None:
         self.module = module
         self.theta = dict(theta)
         self.scheme = scheme
         self.plan = plan or {}
         self.stays = dict(stays or {})
+        self.factors = factors
 
     @classmethod
     def compress(
@@ -146,7 +152,15 @@ class CompressedModel:
 
         Returns:
             Its size in bytes.
+
+        Raises:
+            ValueError: If :meth:`factorize` made the model.
         """
+        if self.factors:
+            raise ValueError(
+                "a file is loaded into the original class, which has one layer where factorize() "
+                "made two: save the model that this one was made from"
+            )
         packed = self.packed()
         ranks = Ranks.holding([leaf.codes for e in self.theta.values() for leaf in e.leaves])
         # The sum waits for the file to be there.
@@ -245,7 +259,8 @@ class CompressedModel:
         held = dict(self.stays)
         for each in limits:
             held[each.name] = "; ".join(filter(None, [held.get(each.name), each.reason]))
-        pools = () if self.plan else kept_by_pool(self.scheme.bind(self.module), self.theta)
+        changed = self.plan or self.factors
+        pools = () if changed else kept_by_pool(self.scheme.bind(self.module), self.theta)
         return Report.of(self.theta, named, gaps or {}, pools, held)
 
     def shrink(self, example: Any = None) -> CompressedModel:
@@ -275,15 +290,54 @@ class CompressedModel:
         """
         if self.plan:
             raise ValueError("the model was made smaller before: shrink the one it was made from")
-        example = getattr(self.module, "example_input_array", None) if example is None else example
-        if example is None:
-            raise ValueError(
-                "shrink must run the model: pass example=, an input batch, or set "
-                f"{type(self.module).__name__}.example_input_array"
-            )
-        result = shrunk(self.module, example)
+        result = shrunk(self.module, self._example("shrink", example))
         theta = shrink_theta(self.theta, result.plan)
         return CompressedModel(result.module, theta, self.scheme, result.plan, result.stays)
+
+    def factorize(self, example: Any = None) -> CompressedModel:
+        """A model in which each Linear and convolution of low rank is two layers in a row.
+
+        Only that makes a low rank fast: ``r (m + n)`` multiplications in the place of ``m n``.
+        θ holds the factors as they are, rounded ones too, so that :meth:`to_onnx` with ``"int8"``
+        stores their codes. It can be trained on, measured, made smaller and exported. Save the
+        packed file from the model that this was made from: it holds the same numbers, and loads
+        into the original class.
+
+        Args:
+            example: As for :meth:`shrink`; the model runs on it after every step.
+
+        Returns:
+            A model of its own. Where a layer must stay as it is (tied, grouped, part of attention,
+            or what is around it reads its weight), ``stays`` and :meth:`report` say why.
+
+        Raises:
+            ValueError: If there is no example.
+
+        Example:
+            >>> from lightning_condensa import CompressedModel, LowRank
+            >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+            >>> net.example_input_array = torch.zeros(1, 8)
+            >>> compressed = CompressedModel.compress(net, LowRank(rank=2, include=["0.weight"]))
+            >>> compressed.factorize().module[0]
+            Sequential(
+              (0): Linear(in_features=8, out_features=2, bias=False)
+              (1): Linear(in_features=2, out_features=8, bias=True)
+            )
+        """
+        result = factored(self.module, self.theta, self._example("factorize", example))
+        stays = {**self.stays, **result.stays}
+        return CompressedModel(
+            result.module, result.theta, self.scheme, self.plan, stays, factors=True
+        )
+
+    def _example(self, method: str, example: Any) -> Any:
+        found = getattr(self.module, "example_input_array", None) if example is None else example
+        if found is None:
+            raise ValueError(
+                f"{method} must run the model: pass example=, an input batch, or set "
+                f"{type(self.module).__name__}.example_input_array"
+            )
+        return found
 
     def __repr__(self) -> str:
         return f"CompressedModel({type(self.module).__name__}, {self.scheme.describe()})"

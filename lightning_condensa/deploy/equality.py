@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_condensa.graph import example_arguments
 
-#: Largest difference of outputs in double precision, relative to the largest output.
-_TOLERANCE = 1e-10
+#: Of sums in double precision in another order.
+_ROUNDING = 1e-10
 
 
 class DifferenceError(ValueError):
@@ -25,9 +25,11 @@ class Equality:
     Args:
         module: The module that others are compared with.
         example: An input in Lightning's ``example_input_array`` convention.
+        tolerance: Largest difference, relative to the largest output.
     """
 
-    def __init__(self, module: nn.Module, example: Any) -> None:
+    def __init__(self, module: nn.Module, example: Any, tolerance: float = _ROUNDING) -> None:
+        self._tolerance = tolerance
         self._inputs = (example, pytree.tree_map_only(Tensor, _with_noise, example))
         self._module = module
         self._expected: list[list[Tensor]] | None = None
@@ -44,7 +46,7 @@ class Equality:
         if self._expected is None:
             self._expected = [_outputs(self._module, inputs) for inputs in self._inputs]
         difference = max(map(_difference, found, self._expected))
-        if not difference <= _TOLERANCE:
+        if not difference <= self._tolerance:
             raise DifferenceError(f"outputs would differ by {difference:.1e}")
 
 

@@ -61,6 +61,7 @@ def shrink(module: M, example: Any) -> tuple[M, dict[str, dict[int, list[int]] |
         TraceError: If the module cannot be traced on the example.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> with torch.no_grad():
         ...     net[0].weight[2:] = 0
