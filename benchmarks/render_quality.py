@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import mean_sd, read_results
-from tables import NONE, cpu, spread, table
+from tables import NONE, cells_source, spread, table
 
 METHODS = {
     "ours": "L-C, default",
@@ -124,14 +124,7 @@ class Study:
 
     def source(self) -> str:
         """Where the figures come from, in a line."""
-        used = [self.results["environments"][c["environment"]] for c in self.results["cells"]]
-        torches = ", ".join(sorted({e["versions"]["torch"] for e in used}))
-        cpus = ", ".join(sorted({cpu(e) for e in used}))
-        days = sorted({e["date"][:10] for e in used})
-        return (
-            f"\n`benchmarks/lc_quality.py`, torch {torches}, {cpus}, "
-            f"{used[0]['torch_threads']} thread(s), {', '.join(days)}.\n"
-        )
+        return cells_source("lc_quality", self.results)
 
 
 def _column(density: float, budget: int, with_budget: bool) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import mean_sd, read_results
-from tables import NONE, source, spread, table
+from tables import NONE, cells_source, source, spread, table
 
 #: The toolkit's changes of test error on all of MNIST, in points, from a dense error of 2.13 %.
 PUBLISHED = {
@@ -45,7 +45,7 @@ def quantizers() -> str | None:
         dense = mean_sd([d["test"] for d in results["dense"] if d["task"] == task])
         note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
         parts.append(f"### {task}\n\n" + table(["", *WAYS.values()], rows) + note)
-    return "".join(parts).rstrip("\n") + "\n" + source({"environment": results["environments"][-1]})
+    return "".join(parts).rstrip("\n") + "\n" + cells_source("quantizers", results)
 
 
 def structured() -> str | None:
@@ -70,7 +70,7 @@ def structured() -> str | None:
         dense = mean_sd([d["test"] for d in results["dense"] if d["task"] == task])
         note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
         parts.append(f"### {task}\n\n" + table(header, rows) + note)
-    return "".join(parts).rstrip("\n") + "\n" + source({"environment": results["environments"][-1]})
+    return "".join(parts).rstrip("\n") + "\n" + cells_source("structured", results)
 
 
 def _structured_entries(cells: Sequence[dict[str, Any]]) -> list[str]:
@@ -125,7 +125,7 @@ def _against_dense(task: str, what: str) -> str | None:
     note = (
         f"\nOn test data, mean ± sd of {len(dense)} seeds; {cells[0]['optimizer_steps']:,} steps.\n"
     )
-    return table(header, rows) + note + source({"environment": results["environments"][-1]})
+    return table(header, rows) + note + cells_source("schemes", results)
 
 
 def packed() -> str | None:

@@ -33,3 +33,13 @@ def source(results: dict[str, Any]) -> str:
         f"\n`{e['command']}`, torch {e['versions']['torch']}, {cpu(e)}, "
         f"{e['torch_threads']} thread(s), {e['date'][:10]}.\n"
     )
+
+
+def cells_source(script: str, results: dict[str, Any]) -> str:
+    """Where the cells of a study come from, in a line."""
+    used = [results["environments"][c["environment"]] for c in results["cells"]]
+    torches = ", ".join(sorted({e["versions"]["torch"] for e in used}))
+    cpus = ", ".join(sorted({cpu(e) for e in used}))
+    days = ", ".join(sorted({e["date"][:10] for e in used}))
+    threads = used[0]["torch_threads"]
+    return f"\n`benchmarks/{script}.py`, torch {torches}, {cpus}, {threads} thread(s), {days}.\n"
