@@ -44,7 +44,7 @@ def run(worker: str, *arguments: str) -> None:
     "world, extent",
     [
         (2, "quick"),
-        (4, "quick"),
+        pytest.param(4, "quick", marks=pytest.mark.slow),
         pytest.param(2, "all", marks=pytest.mark.slow),
         pytest.param(4, "all", marks=pytest.mark.slow),
     ],

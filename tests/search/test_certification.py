@@ -38,9 +38,9 @@ def test_one_member_is_the_conjugate_posterior(
     posterior = (metric / noise**2 + mean / spread**2) / precision
     expected = statistics.NormalDist(posterior, precision**-0.5).cdf
     found = probability_of_level(
-        seen(metric, noise**2), 0.75, torch.tensor([mean]), torch.tensor([spread**2]), ONE
+        seen(metric, noise**2), 0.75, ONE + mean, ONE + spread**2, ONE
     )
-    assert found == pytest.approx(1 - expected(0.75), abs=1e-4)
+    assert found == pytest.approx(1 - expected(0.75), abs=1e-7)
 
 
 def test_an_exact_measurement_decides_and_a_diverged_model_keeps_nothing() -> None:
