@@ -37,9 +37,7 @@ def test_one_member_is_the_conjugate_posterior(
     precision = noise**-2 + spread**-2
     posterior = (metric / noise**2 + mean / spread**2) / precision
     expected = statistics.NormalDist(posterior, precision**-0.5).cdf
-    found = probability_of_level(
-        seen(metric, noise**2), 0.75, ONE + mean, ONE + spread**2, ONE
-    )
+    found = probability_of_level(seen(metric, noise**2), 0.75, ONE + mean, ONE + spread**2, ONE)
     assert found == pytest.approx(1 - expected(0.75), abs=1e-7)
 
 
