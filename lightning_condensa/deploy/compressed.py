@@ -292,7 +292,10 @@ class CompressedModel:
             raise ValueError("the model was made smaller before: shrink the one it was made from")
         result = shrunk(self.module, self._example("shrink", example))
         theta = shrink_theta(self.theta, result.plan)
-        return CompressedModel(result.module, theta, self.scheme, result.plan, result.stays)
+        stays = {**self.stays, **result.stays}
+        return CompressedModel(
+            result.module, theta, self.scheme, result.plan, stays, factors=self.factors
+        )
 
     def factorize(self, example: Any = None) -> CompressedModel:
         """A model in which each Linear and convolution of low rank is two layers in a row.

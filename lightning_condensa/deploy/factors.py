@@ -38,7 +38,7 @@ def factored(module: M, theta: Mapping[str, Encoding], example: Any) -> Factored
     A linear layer ``x → W x + b`` with ``W = L R`` becomes ``R`` and then ``L`` with the bias; a
     convolution becomes one with as many filters as the rank, and then one of kernel size 1. Every
     step is verified: the module runs on the example, and on the example with noise, and the outputs
-    must be those of the weights before they were rounded.
+    must be those of the module but for what rounding the product to the weight's type changes.
 
     Args:
         module: The module, which holds Δ(θ); left as it is.

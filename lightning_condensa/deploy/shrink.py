@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -181,9 +181,16 @@ def _choices(
             holding[path] = [n for n, v in numbers.items() if v in sizes[path]]
     names = list(dict.fromkeys(name for path in sorted(holding) for name in holding[path]))
     heads = set(names) & set(HEAD_COUNTS)
-    subsets = [set(c) for n in range(len(names) + 1) for c in combinations(names, n)]
-    for subset in islice(sorted(subsets, key=lambda s: not heads <= s), _MOST_TRIALS):
+    others = [name for name in names if name not in heads]
+    with_heads = (heads | set(some) for some in _subsets(others))
+    without = (set(some) for some in _subsets(names) if not heads <= set(some))
+    for subset in islice(chain(with_heads, without), _MOST_TRIALS):
         yield {**known, **{path: subset & set(own) for path, own in holding.items()}}
+
+
+def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Small ones first; one by one, as there may be very many."""
+    return (some for n in range(len(names) + 1) for some in combinations(names, n))
 
 
 def _sizes(

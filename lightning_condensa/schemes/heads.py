@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
 
-from lightning_condensa.schemes.attention import ROLES, STYLES, Attention, attentions
-from lightning_condensa.schemes.joint import JointPrune, left_alone
-from lightning_condensa.schemes.selection import (
-    SelectionError,
-    Skipped,
-    Target,
-    require_matches,
-    shorten,
-    unwanted,
-)
+from lightning_condensa.schemes.attention import ROLES, STYLES, attentions
+from lightning_condensa.schemes.joint import Candidate, JointPrune
 
 
 @dataclass(frozen=True)
@@ -61,6 +53,8 @@ projections={'to_qkv': 'qkv', 'to_out': 'o'}, num_heads='n_head')"
     num_heads: int | str | None = field(default=None, kw_only=True)
 
     default_types: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[str] = "attention"
+    advice: ClassVar[str] = ". Describe your own with projections= and num_heads="
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,37 +70,8 @@ projections={'to_qkv': 'qkv', 'to_out': 'o'}, num_heads='n_head')"
         if count is not None and not named and (type(count) is not int or count < 1):
             raise ValueError(f"num_heads must be an int >= 1 or an attribute's name, got {count!r}")
 
-    def _found(self, module: nn.Module) -> list[Attention]:
+    def candidates(self, module: nn.Module) -> Iterator[Candidate]:
+        """The attention modules."""
         styles = [self.projections] if self.projections else STYLES
-        return list(attentions(module, self.layer_types, styles, self.num_heads))
-
-    def select(self, module: nn.Module) -> list[Target]:
-        """The attention modules whose heads are pruned.
-
-        Raises:
-            SelectionError: If there is none, a pattern matches none, or one cannot be cut into
-                heads.
-        """
-        found = self._found(module)
-        names = [attention.name for attention in found]
-        require_matches(names, self.include, self.exclude)
-        chosen = [a for a in found if unwanted(a.name, self.include, self.exclude) is None]
-        if not chosen:
-            raise SelectionError(
-                f"HeadPrune finds no attention in {type(module).__name__} "
-                f"(types={self.layer_types}, include={self.include}, exclude={self.exclude}); "
-                f"there are {shorten(names)}. Describe your own with projections= and num_heads="
-            )
-        return [attention.target() for attention in chosen]
-
-    def skipped(self, module: nn.Module) -> list[Skipped]:
-        """The parameters that belong to no head that may go, and why."""
-        reasons: dict[str, str] = {}
-        chosen: list[Target] = []
-        for attention in self._found(module):
-            reason = unwanted(attention.name, self.include, self.exclude)
-            if reason is None:
-                chosen.append(attention.target())
-            else:
-                reasons.update({part.name: reason for part in attention.parts})
-        return left_alone(module, self.names(chosen), reasons)
+        for found in attentions(module, self.layer_types, styles, self.num_heads):
+            yield Candidate(found.name, tuple(part.name for part in found.parts), found.target)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import nn
 
 from lightning_condensa.functional.spans import Spans
-from lightning_condensa.schemes.joint import JointPrune, JointTarget, Member, left_alone
-from lightning_condensa.schemes.selection import (
-    RECURRENT_TYPES,
-    SelectionError,
-    Skipped,
-    Target,
-    require_matches,
-    shorten,
-    unwanted,
-)
+from lightning_condensa.schemes.joint import Candidate, JointPrune, JointTarget, Member
+from lightning_condensa.schemes.selection import RECURRENT_TYPES
 
 
 @dataclass(frozen=True)
@@ -46,64 +39,43 @@ class HiddenPrune(JointPrune):
     """
 
     default_types: ClassVar[tuple[str, ...]] = RECURRENT_TYPES
+    kind: ClassVar[str] = "recurrent layer"
 
-    def select(self, module: nn.Module) -> list[Target]:
-        """The layers and directions whose units are pruned.
-
-        Raises:
-            SelectionError: If there is none, or a pattern matches none.
-        """
-        found = list(self._found(module))
-        names = [target.name for target in found]
-        require_matches(names, self.include, self.exclude)
-        chosen = [t for t in found if unwanted(t.name, self.include, self.exclude) is None]
-        if not chosen:
-            raise SelectionError(
-                f"HiddenPrune finds no recurrent layer in {type(module).__name__} "
-                f"(types={self.layer_types}, include={self.include}, exclude={self.exclude}); "
-                f"there are {shorten(names)}"
-            )
-        return list(chosen)
-
-    def skipped(self, module: nn.Module) -> list[Skipped]:
-        """The parameters that belong to no unit that may go, and why."""
-        reasons: dict[str, str] = {}
-        chosen: list[Target] = []
-        for target in self._found(module):
-            reason = unwanted(target.name, self.include, self.exclude)
-            if reason is None:
-                chosen.append(target)
-            else:
-                reasons.update(dict.fromkeys(self.names([target]), reason))
-        return left_alone(module, self.names(chosen), reasons)
-
-    def _found(self, module: nn.Module) -> Iterator[JointTarget]:
+    def candidates(self, module: nn.Module) -> Iterator[Candidate]:
         """Each layer and direction of each recurrent module."""
         names = {id(p): name for name, p in module.named_parameters()}
-        for _, layer in module.named_modules():
+        for layer in module.modules():
             if {base.__name__ for base in type(layer).__mro__}.isdisjoint(self.layer_types):
                 continue
-            own = dict(layer.named_parameters(recurse=False))
-            for name, weight in own.items():
+            for name in (n for n, _ in layer.named_parameters(recurse=False)):
                 if name.startswith("weight_ih"):
-                    place = name.removeprefix("weight_ih")
-                    units: int = layer.hidden_size
-                    spans = Spans(units, (units,) * (len(weight) // units))
-                    weights, biases = (
-                        tuple(
-                            Member(names[id(p)], spans)
-                            for p in map(own.get, places)
-                            if p is not None
-                        )
-                        for places in (
-                            (f"weight_ih{place}", f"weight_hh{place}"),
-                            (f"bias_ih{place}", f"bias_hh{place}"),
-                        )
-                    )
-                    yield JointTarget(
-                        weights[0].name,
-                        tuple(weight.shape),
-                        type(layer).__name__,
-                        weights=weights,
-                        biases=biases,
-                    )
+                    target = partial(_target, layer, name.removeprefix("weight_ih"), names)
+                    members = target().weights + target().biases
+                    yield Candidate(members[0].name, tuple(m.name for m in members), target)
+
+
+def _target(layer: nn.Module, place: str, names: Mapping[int, str]) -> JointTarget:
+    """The units of one layer and direction.
+
+    Args:
+        layer: The recurrent module.
+        place: What follows ``weight_ih`` in the names of its parameters.
+        names: Of parameters in the whole module, by identity.
+    """
+    units: int = layer.hidden_size  # type: ignore[assignment]
+    weight = layer.get_parameter(f"weight_ih{place}")
+    spans = Spans(units, (units,) * (len(weight) // units))
+    own = dict(layer.named_parameters(recurse=False))
+
+    def members(*kinds: str) -> tuple[Member, ...]:
+        found = (own.get(f"{kind}{place}") for kind in kinds)
+        return tuple(Member(names[id(p)], spans) for p in found if p is not None)
+
+    weights = members("weight_ih", "weight_hh")
+    return JointTarget(
+        weights[0].name,
+        tuple(weight.shape),
+        type(layer).__name__,
+        weights=weights,
+        biases=members("bias_ih", "bias_hh"),
+    )

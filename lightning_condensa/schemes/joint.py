@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,14 @@ from lightning_condensa.functional.ranks import Ranks
 from lightning_condensa.functional.spans import Spans
 from lightning_condensa.schemes.encoded import Encoded
 from lightning_condensa.schemes.finite import require_finite
-from lightning_condensa.schemes.selection import Skipped, Target
+from lightning_condensa.schemes.selection import (
+    SelectionError,
+    Skipped,
+    Target,
+    require_matches,
+    shorten,
+    unwanted,
+)
 from lightning_condensa.schemes.structured import GroupPrune
 
 
@@ -46,12 +55,69 @@ class JointTarget(Target):
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A layer that may have groups.
+
+    Attributes:
+        name: What it goes by in patterns: the name of its first weight.
+        parameters: Names of all its parameters.
+        target: Cuts it into groups, or raises :class:`SelectionError` where that cannot be.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    target: Callable[[], JointTarget]
+
+
+@dataclass(frozen=True)
 class JointPrune(GroupPrune):
     """Remove groups from all the parameters of a layer that they reach over.
 
     A group is scored over all its elements. For that the weights of one layer after the other are
     made whole where they are DTensors.
+
+    Subclasses say by :meth:`candidates` which layers there are, and by :attr:`kind` what they are.
     """
+
+    kind: ClassVar[str]
+    advice: ClassVar[str] = ""
+
+    @abstractmethod
+    def candidates(self, module: nn.Module) -> Iterable[Candidate]:
+        """The layers of a module that may have groups, whatever the patterns say."""
+
+    def select(self, module: nn.Module) -> list[Target]:
+        """The layers whose groups are pruned.
+
+        Raises:
+            SelectionError: If there is none, a pattern matches none, or one cannot be cut into
+                groups.
+        """
+        found = list(self.candidates(module))
+        names = [candidate.name for candidate in found]
+        require_matches(names, self.include, self.exclude)
+        chosen = [c for c in found if unwanted(c.name, self.include, self.exclude) is None]
+        if not chosen:
+            raise SelectionError(
+                f"{type(self).__name__} finds no {self.kind} in {type(module).__name__} "
+                f"(types={self.layer_types}, include={self.include}, exclude={self.exclude}); "
+                f"there are {shorten(names)}{self.advice}"
+            )
+        return [candidate.target() for candidate in chosen]
+
+    def skipped(self, module: nn.Module) -> list[Skipped]:
+        """The parameters that belong to no group that may go, and why."""
+        reasons: dict[str, str] = {}
+        chosen: list[Target] = []
+        for candidate in self.candidates(module):
+            reason = unwanted(candidate.name, self.include, self.exclude)
+            if reason is None:
+                chosen.append(candidate.target())
+            else:
+                reasons.update(dict.fromkeys(candidate.parameters, reason))
+        pruned = set(self.names(chosen))
+        rest = [name for name, _ in module.named_parameters() if name not in pruned]
+        return [Skipped(name, reasons.get(name, "in no group of the scheme")) for name in rest]
 
     def members(self, target: Target) -> tuple[Member, ...]:
         """The parameters that groups are removed from."""
@@ -111,18 +177,3 @@ class JointPrune(GroupPrune):
             for target in targets
             for m in self.members(target)
         }
-
-
-def left_alone(
-    module: nn.Module, names: Iterable[str], reasons: Mapping[str, str]
-) -> list[Skipped]:
-    """The parameters of a module but for some names, each with its reason.
-
-    Args:
-        module: The module.
-        names: Those that are pruned.
-        reasons: By parameter name; for others it is that they are in no group.
-    """
-    pruned = set(names)
-    rest = [name for name, _ in module.named_parameters() if name not in pruned]
-    return [Skipped(name, reasons.get(name, "in no group of the scheme")) for name in rest]

@@ -7,7 +7,25 @@ from torch import Tensor
 
 from lightning_condensa.search.problem import Observation
 
-__all__ = ["probability_of_level"]
+__all__ = ["margin_of", "probability_of_level"]
+
+
+def margin_of(confidence: float | None) -> float:
+    """The margin in standard deviations that a confidence asks for; none where ``None``.
+
+    Raises:
+        ValueError: If it is no probability of at least a half.
+
+    Example:
+        >>> round(margin_of(0.95), 2)
+        1.64
+    """
+    if confidence is None:
+        return 0.0
+    number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
+    if not number or not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
+    return float(torch.special.ndtri(torch.tensor(confidence, dtype=torch.float64)))
 
 
 def probability_of_level(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.objectives import Direction, Objective, as_objective
 from lightning_condensa.schemes import Scheme
+from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.dispatch import ExecutorLike
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.metrics import count_samples, evaluate, noise_variance
@@ -138,8 +139,6 @@ class CondensaSearch:
             raise ValueError(
                 f"parallel={parallel} needs an executor, such as ProcessPool({parallel})"
             )
-        if confidence is not None and not (_is_number(confidence) and 0.5 <= confidence < 1):
-            raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
         if metric_std is not None and not (_is_number(metric_std) and metric_std >= 0):
             raise ValueError(f"metric_std must be a number >= 0, got {metric_std!r}")
         self.space = SearchSpace(scheme)
@@ -159,7 +158,7 @@ class CondensaSearch:
         self.storage = storage or f"sqlite:///{self.dirpath / 'study.db'}"
         self.study_name = study_name
         self.progress = progress
-        self.z = 0.0 if confidence is None else float(torch.special.ndtri(torch.tensor(confidence)))
+        self.z = margin_of(confidence)
 
     def fit(
         self,

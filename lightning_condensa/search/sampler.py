@@ -8,7 +8,6 @@ from typing import Any
 
 import optuna
 import pytorch_lightning as pl
-import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
@@ -17,11 +16,13 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.objectives import Objective
 from lightning_condensa.schemes import Scheme
+from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.metrics import noise_variance
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.result import Baseline
 from lightning_condensa.search.space import SearchSpace
+from lightning_condensa.search.store import set_violation
 from lightning_condensa.search.strategies import make_strategy
 from lightning_condensa.search.trial import Mode
 
@@ -95,8 +96,6 @@ class CondensaSampler(BaseSampler):
             raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
         if not math.isfinite(baseline):
             raise ValueError(f"baseline must be a finite number, got {baseline!r}")
-        if confidence is not None and not 0.5 <= confidence < 1:
-            raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
         self._objective, self._seed = objective, seed
         self._strategy = make_strategy(method)
         dense = Baseline(
@@ -107,9 +106,8 @@ class CondensaSampler(BaseSampler):
             objective=objective(CompressedModel(model, {}, scheme)),
             samples=samples,
         )
-        z = 0.0 if confidence is None else float(torch.special.ndtri(torch.tensor(confidence)))
         self._formulation = Formulation(
-            SearchSpace(scheme), objective, model, dense, mode, tolerance, z
+            SearchSpace(scheme), objective, model, dense, mode, tolerance, margin_of(confidence)
         )
         self._independent = RandomSampler(seed=seed)
 
@@ -139,9 +137,7 @@ class CondensaSampler(BaseSampler):
         known = metric if math.isfinite(metric) else None
         trial.set_user_attr(_METRIC, known)
         violation = self._formulation.violation(known)
-        trial.set_constraint("metric", violation)
-        # The dashboard still reads the attribute of Optuna 4.
-        trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [violation])
+        set_violation(trial, violation)
         return float(self._objective(compressed))
 
     def infer_relative_search_space(

@@ -184,10 +184,7 @@ class Store:
             with _quiet():
                 self._study.tell(number, state=TrialState.FAIL)
             return
-        live = optuna.trial.Trial(self._study, trial_id)
-        live.set_constraint("metric", violation)
-        # The dashboard still reads the attribute of Optuna 4.
-        self._study._storage.set_trial_system_attr(trial_id, "constraints", [violation])
+        set_violation(optuna.trial.Trial(self._study, trial_id), violation)
         self._study.tell(number, outcome.objective)
 
     def records(self) -> list[Record]:
@@ -197,6 +194,13 @@ class Store:
 
     def _set(self, trial_id: int, key: str, value: Any) -> None:
         self._study._storage.set_trial_user_attr(trial_id, key, value)
+
+
+def set_violation(trial: optuna.Trial, violation: float) -> None:
+    """Tell a running trial's constraint: at most 0 where it is feasible."""
+    trial.set_constraint("metric", violation)
+    # The dashboard still reads the attribute of Optuna 4.
+    trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [violation])
 
 
 def open_storage(storage: str | BaseStorage) -> str | BaseStorage:

@@ -152,6 +152,20 @@ def test_the_file_is_that_of_the_model_before(tmp_path: Path) -> None:
     )
 
 
+def test_made_smaller_it_is_still_no_model_of_the_original_class(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        net[0].weight[:4] = net[0].bias[:4] = 0
+    net.example_input_array = torch.zeros(1, 8)
+    model = CompressedModel.compress(net, LowRank(rank=2, include=["2.weight"]))
+    small = model.factorize().shrink()
+    assert small.module[0].out_features == 4 and small.module[2][0].in_features == 4
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(outputs(small, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="save the model that this one was made from"):
+        small.save(tmp_path / "small.condensa")
+
+
 def test_it_needs_an_example() -> None:
     model = CompressedModel.compress(nn.Sequential(nn.Linear(8, 8)), LowRank(rank=1))
     with pytest.raises(ValueError, match="factorize must run the model: pass example="):

@@ -199,6 +199,8 @@ def test_many_mutations() -> None:
     found = fuzz(count, 1)
     print(dict(found))
     assert sum(found.values()) == count
+    assert found["flip loaded"] + found["cut loaded"] < 0.03 * count
+    assert found["streams loaded"] > 0.02 * count
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from toy import loaders, search, toy
 
 from lightning_condensa.search.certification import probability_of_level
+from lightning_condensa.search.ensemble import DamageMixture
 from lightning_condensa.search.problem import Observation, best_feasible
 from lightning_condensa.search.strategies import KnownObjectiveStrategy
 from lightning_condensa.search.surrogates import BilogGP, CliffEnsemble
 from lightning_condensa.search.synthetic import SyntheticCliff
+from lightning_condensa.search.synthetic_groups import SyntheticGroups
 
 ONE = torch.zeros(1, dtype=torch.float64)
 
@@ -72,6 +74,24 @@ def test_winners_are_as_often_feasible_as_they_are_said_to_be() -> None:
     assert abs(sure - truth) < 0.12
     brier = [statistics.fmean((row[k] - row[0]) ** 2 for row in rows) for k in (1, 2)]
     assert brier[0] < brier[1]
+
+
+def test_ensembles_over_groups_doubt_a_lucky_measurement() -> None:
+    case = SyntheticGroups.draw(0, groups=3)
+    problem = case.problem()
+    gentle, harsh = case.domain.points(torch.tensor([[2, 2, 2], [40, 40, 40]]))
+    noise = problem.noise_variance
+    history = [
+        Observation(gentle, problem.baseline_metric, noise, None),
+        Observation(harsh, problem.level - 0.3, noise, None),
+        Observation(harsh, None, noise, None, diverged=True),
+    ]
+    mixture = DamageMixture(problem, history, seed=0)
+    sure, hopeless, nothing = (mixture.certainty(one, problem.level) for one in history)
+    assert sure > 0.9 and hopeless < 0.01 and nothing == 0
+    lucky = Observation(harsh, problem.level + noise**0.5, noise, None)
+    alone = statistics.NormalDist().cdf(1.0)
+    assert mixture.certainty(lucky, problem.level) < 0.9 * alone
 
 
 def test_a_process_goes_by_the_measurement() -> None:
