@@ -58,8 +58,9 @@ def projections() -> str | None:
                 else NONE,
             ]
         )
-    copy = statistics.median(r["copy_s"] for r in results["rows"])
-    note = f"\nA copy of {results['rows'][0]['weights']:,} weights takes {copy:.3f} s.\n"
+    copies = [r["copy_s"] for r in results["rows"]]
+    size = results["rows"][0]["weights"]
+    note = f"\nA copy of {size:,} weights took {min(copies):.3f} to {max(copies):.3f} s.\n"
     header = ["", "time", "passes", "for", "copies a pass"]
     return table(header, rows) + note + source(results)
 
