@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -29,7 +30,7 @@ class RayExecutor(Executor):
             self._ray.init()
         self._workers = workers
         self._options = {"num_cpus": 1, "max_retries": 0, **options}
-        self._references: dict[LinkedFuture, Any] = {}
+        self._flying: set[LinkedFuture] = set()
 
     @property
     def workers(self) -> int:
@@ -46,12 +47,12 @@ class RayExecutor(Executor):
         remote = self._ray.remote(_call).options(**self._options)
         reference = remote.remote(fn, args, kwargs)
         future = LinkedFuture(lambda: self._ray.cancel(reference, force=True))
-        self._references[future] = reference
+        self._flying.add(future)
         reference.future().add_done_callback(lambda done: self._settle(future, done))
         return future
 
     def _settle(self, future: LinkedFuture, done: Future[Any]) -> None:
-        self._references.pop(future, None)
+        self._flying.discard(future)
         if not future.set_running_or_notify_cancel():
             return
         error = done.exception()
@@ -62,11 +63,11 @@ class RayExecutor(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Wait for the tasks, or cancel them; Ray stays up."""
-        for future, reference in list(self._references.items()):
-            if cancel_futures:
-                future.cancel()
-            elif wait:
-                self._ray.wait([reference])
+        flying = list(self._flying)
+        for future in flying if cancel_futures else []:
+            future.cancel()
+        if wait:  # for the futures: Ray knows of a result a little before they do
+            futures.wait(flying)
 
 
 def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
