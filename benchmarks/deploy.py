@@ -4,7 +4,8 @@
     python benchmarks/deploy.py --cases "ResNet-20, int8" --seconds 1
 
 Weights are random: speed does not depend on them. Filters are removed layer by layer
-(`FilterPrune`; in the ViT, hidden units of each MLP by `NeuronPrune`), physically, by `shrink`.
+(`FilterPrune`; in AlexNet hidden units of its Linear layers, too, and in the ViT only those of each
+MLP, by `NeuronPrune`), physically, by `shrink`.
 int8 is an ONNX file with the codes and scales of θ. Each case is written when it is done and not
 measured again; ``--redo`` does.
 """
@@ -42,6 +43,8 @@ from lightning_condensa.deploy.threads import torch_threads
 NAME = "deploy"
 BATCHES = (1, 16)
 CPU = torch.device("cpu")
+#: Linear layers whose outputs are hidden units, which go at the same share.
+HIDDEN = {"ViT-tiny": r"mlp\.0\.weight", "AlexNet": r"^1[46]\.weight"}
 ENGINES = [engine for engine in get_args(Engine) if engine != "sparse"]
 
 
@@ -75,11 +78,12 @@ class Case:
 
     def scheme(self) -> Scheme:
         """What it is compressed with."""
-        prune = NeuronPrune if self.network == "ViT-tiny" else FilterPrune
-        selected = {"include": [r"mlp\.0\.weight"]} if self.network == "ViT-tiny" else {}
         parts: list[Scheme] = []
         if self.filters < 1:
-            parts.append(prune(self.filters, scope="layer", coupled=self.coupled, **selected))
+            if self.network != "ViT-tiny":
+                parts.append(FilterPrune(self.filters, scope="layer", coupled=self.coupled))
+            if hidden := HIDDEN.get(self.network):
+                parts.append(NeuronPrune(self.filters, scope="layer", include=[hidden]))
         if self.int8:
             parts.append(Quantize("int8"))
         return Compose(parts) if len(parts) > 1 else parts[0]

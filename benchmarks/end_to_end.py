@@ -3,8 +3,9 @@
     python benchmarks/end_to_end.py --data DATA
     python benchmarks/end_to_end.py --data DATA --retime
 
-Half of the filters go, coupled, and weights become int8 under L-C; then `shrink`, the packed file,
-and ONNX in int8 with the codes of θ. Each network is written when it is done, its files stay in the
+The networks are those of `lc_quality.py` at twice the width. Half of the filters of each layer go,
+coupled, and weights become int8 under L-C with distillation; then `shrink`, the packed file, and
+ONNX in int8 with the codes of θ. Each network is written when it is done, its files stay in the
 scratch folder, and ``--retime`` measures their times anew.
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import onnx
 import onnxruntime
 import torch
 from common import RESULTS, environment, read_results, silence, update_results
+from networks import resnet8, vgg
 from onnx import numpy_helper
 from peers import fit
 from safetensors.torch import save_file
@@ -31,6 +35,7 @@ from lightning_condensa import (
     Compose,
     CompressedModel,
     CondensaCallback,
+    Distillation,
     FilterPrune,
     Quantize,
     compare,
@@ -38,6 +43,16 @@ from lightning_condensa import (
 )
 
 NAME = "end_to_end"
+#: Ten epochs of compression, twice budget S of `lc_quality.py`.
+NETWORKS = {
+    task.name: task
+    for task in (
+        replace(TASKS["cifar-vgg"], name="wide-vgg", network=partial(vgg, 48), epochs=10),
+        replace(
+            TASKS["cifar-resnet8"], name="wide-resnet8", network=partial(resnet8, 48), epochs=10
+        ),
+    )
+}
 
 
 def plain(start: Start, weights: nn.Module | None = None) -> TaskModule:
@@ -54,9 +69,9 @@ def train(start: Start) -> CompressedModel:
     module = start.module()
     example = start.splits.train.tensors[0][:1]
     module.example_input_array = example
-    scheme = Compose([FilterPrune(0.5, coupled=True), Quantize("int8")])
+    scheme = Compose([FilterPrune(0.5, scope="layer", coupled=True), Quantize("int8")])
     callback = CondensaCallback(scheme)
-    fit(module, start, [callback], start.task.epochs)
+    fit(module, start, [callback, Distillation()], start.task.epochs)
     return callback.compressed.shrink(example)
 
 
@@ -184,8 +199,7 @@ def timed(found: dict[str, Any], folder: Path, x: Tensor, seconds: float) -> dic
 def main() -> None:
     """Run what is not there, and record each network as it is done."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    names = ["cifar-vgg", "cifar-resnet8"]
-    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
+    parser.add_argument("--tasks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--data", type=Path, required=True, help="folder of cifar10/")
     parser.add_argument("--retime", action="store_true", help="only measure times anew")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of time")
@@ -198,7 +212,7 @@ def main() -> None:
         done = {c["task"]: c for c in read_results(NAME, options.out).get("cells", [])}
         if name in done and not options.retime:
             continue
-        start = dense_start(TASKS[name], 0, options.data)
+        start = dense_start(NETWORKS[name], 0, options.data)
         found = done[name] if options.retime else cell(start, SCRATCH)
         found = timed(found, SCRATCH, start.splits.test.tensors[0][:1], options.seconds)
 
