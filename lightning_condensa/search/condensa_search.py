@@ -23,10 +23,13 @@ from lightning_condensa.schemes import Scheme
 from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.dispatch import ExecutorLike
 from lightning_condensa.search.formulation import Formulation
-from lightning_condensa.search.metrics import count_samples, evaluate, noise_variance
+from lightning_condensa.search.metrics import count_samples, evaluate
+from lightning_condensa.search.noise import NoiseModel, expected_noise
 from lightning_condensa.search.progress import SearchProgress
+from lightning_condensa.search.recorder import ScoreRecorder
 from lightning_condensa.search.result import Baseline, SearchResult
 from lightning_condensa.search.run import SearchRun
+from lightning_condensa.search.scores import SCORES_FILE, PerSample, Scores
 from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Store
@@ -71,8 +74,14 @@ class CondensaSearch:
         direction: Direction of a callable objective.
         confidence: Probability with which the winner shall be feasible; the margin is kept in the
             search and in the selection. ``None`` asks for the measured metric only.
-        metric_std: Standard deviation of one measurement of the metric; estimated from the number
-            of validation samples where ``None``.
+        metric_std: Standard deviation of one measurement of the metric's distance to the
+            uncompressed model's. Where ``None``, it comes from comparing both models sample by
+            sample, or else from the number of validation samples.
+        per_sample: For that comparison, a callable ``(outputs, batch) -> Tensor[n]`` from what
+            ``validation_step`` returned to a score per sample whose mean is the metric. Not needed
+            where ``validation_step`` returns such scores under the metric's name, or ``"logits"``
+            and ``"target"``, or calls ``self(x)`` for logits on batches ``(x, y)``, and the metric
+            is an accuracy, a cross entropy, or a squared or absolute error.
         scan: In several dimensions, whether to validate the network compressed, without training,
             in one dimension at a time before the first trial: six passes over the validation data
             for a range, one for each option of a choice. The search then knows early which groups
@@ -114,6 +123,7 @@ class CondensaSearch:
         direction: Direction | None = None,
         confidence: float | None = None,
         metric_std: float | None = None,
+        per_sample: PerSample | None = None,
         scan: bool = True,
         seed: int = 0,
         dirpath: str | Path = "condensa_search",
@@ -139,6 +149,10 @@ class CondensaSearch:
             raise ValueError(
                 f"parallel={parallel} needs an executor, such as ProcessPool({parallel})"
             )
+        if per_sample is not None and not callable(per_sample):
+            raise ValueError(
+                f"per_sample must be a callable (outputs, batch) -> Tensor[n], got {per_sample!r}"
+            )
         if metric_std is not None and not (_is_number(metric_std) and metric_std >= 0):
             raise ValueError(f"metric_std must be a number >= 0, got {metric_std!r}")
         self.space = SearchSpace(scheme)
@@ -151,7 +165,7 @@ class CondensaSearch:
         self.callback = dict(callback or {})
         self.strategy = make_strategy(method)
         self.executor, self.parallel = executor, parallel
-        self.metric_std = metric_std
+        self.metric_std, self.per_sample = metric_std, per_sample
         self.scan = scan
         self.seed = seed
         self.dirpath = Path(dirpath)
@@ -196,7 +210,8 @@ class CondensaSearch:
             if self.scan and formulation.scannable:
                 progress.status("measuring one dimension at a time", 0)
                 formulation.use(self._sensitivity(store, model, data))
-            return SearchRun(self, store, model, data, formulation, progress).run()
+            noise = NoiseModel(baseline.noise, self._dense_scores(), progress.print)
+            return SearchRun(self, store, model, data, formulation, noise, progress).run()
 
     def _check(
         self, model: object, train: Any, val: Any, datamodule: pl.LightningDataModule | None
@@ -243,7 +258,9 @@ class CondensaSearch:
         if known is None:
             module = deepcopy(model)
             trainer = make_trainer({**self.trainer, "logger": False}, self.dirpath / "baseline")
-            metric = evaluate(trainer, module, data.validate_arguments(), self.metric)[self.metric]
+            recorder = self.recorder(self.dirpath / "baseline")
+            logged = evaluate(trainer, module, data.validate_arguments(), self.metric, recorder)
+            metric = logged[self.metric]
             if not math.isfinite(metric):
                 raise ValueError(f"the dense model's {self.metric} is {metric}: nothing to keep")
             known = {
@@ -252,12 +269,23 @@ class CondensaSearch:
                 "objective": self.objective(CompressedModel(module, {}, self.space.scheme)),
             }
             store.set("baseline", known)
-        variance = (
-            noise_variance(known["metric"], known["samples"], self.tolerance)
-            if self.metric_std is None
-            else self.metric_std**2
+        noise = expected_noise(
+            known["metric"], known["samples"], self.tolerance, self.metric_std, self._dense_scores()
         )
-        return Baseline(known["metric"], variance, known["objective"], known["samples"])
+        return Baseline(
+            known["metric"], noise.variance, known["objective"], known["samples"], noise.basis
+        )
+
+    def recorder(self, directory: Path) -> ScoreRecorder | None:
+        """What collects the scores of samples; nothing where the noise is given."""
+        if self.metric_std is not None:
+            return None
+        return ScoreRecorder(directory / SCORES_FILE, self.metric, self.per_sample)
+
+    def _dense_scores(self) -> Scores | None:
+        if self.metric_std is not None:
+            return None
+        return Scores.load(self.dirpath / "baseline" / SCORES_FILE)
 
     def _sensitivity(self, store: Store, model: pl.LightningModule, data: Data) -> Sensitivity:
         known = store.get("sensitivity")

@@ -9,7 +9,11 @@ import pytorch_lightning as pl
 
 
 def evaluate(
-    trainer: pl.Trainer, module: pl.LightningModule, arguments: Mapping[str, Any], metric: str
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    arguments: Mapping[str, Any],
+    metric: str,
+    recorder: pl.Callback | None = None,
 ) -> dict[str, float]:
     """Everything that the module logs in validation.
 
@@ -18,11 +22,18 @@ def evaluate(
         module: The module.
         arguments: Data arguments of ``Trainer.validate``.
         metric: A name that must be among the logged ones.
+        recorder: A callback for this run alone.
 
     Raises:
         ValueError: If the module does not log ``metric``.
     """
-    trainer.validate(module, verbose=False, **arguments)
+    watching = [] if recorder is None else [recorder]
+    trainer.callbacks.extend(watching)  # type: ignore[attr-defined]
+    try:
+        trainer.validate(module, verbose=False, **arguments)
+    finally:
+        for callback in watching:
+            trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if metric not in logged:
         raise ValueError(

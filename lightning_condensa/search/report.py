@@ -13,6 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from lightning_condensa.deploy import inspect_packed
+from lightning_condensa.search.noise import Noise, noise_text
 
 if TYPE_CHECKING:
     from lightning_condensa.search.result import SearchResult, Trial
@@ -145,13 +146,19 @@ def _settings(result: SearchResult) -> Mapping[str, str]:
         f"{result.objective} {dense.objective:,.6g} {result.unit}",
         "tolerance": f"{abs(dense.metric - result.level):.4g}, so {result.metric} "
         f"{'≥' if result.mode == 'max' else '≤'} {result.level:.5g}",
-        "noise of the metric": f"{dense.variance**0.5:.2g} (standard deviation)",
+        "noise of the metric": _noise(result),
         "training": f"{sum(t.steps for t in result.trials):,} optimizer steps in "
         f"{len(result.trials)} trials, {sum(t.seconds for t in result.trials):,.0f} s",
     }
     if result.target != result.level:
         settings["with confidence"] = f"a trial has to show {result.target:.5g}"
     return settings
+
+
+def _noise(result: SearchResult) -> str:
+    best, dense = result.best, result.baseline
+    shown = dense.noise if best is None else Noise(best.variance, best.basis)
+    return noise_text(*shown, dense.samples)
 
 
 def _direction(direction: str) -> str:

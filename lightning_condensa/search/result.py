@@ -18,6 +18,7 @@ from torch import nn
 from lightning_condensa.deploy import load_compressed
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Direction
+from lightning_condensa.search.noise import Basis, Noise, noise_text
 from lightning_condensa.search.report import to_html
 from lightning_condensa.search.trial import MODEL_FILE, Mode
 
@@ -37,12 +38,19 @@ class Baseline:
         variance: Variance of a metric measured there.
         objective: Its objective.
         samples: Validation samples; ``None`` where the loader does not know.
+        basis: From what the variance is known.
     """
 
     metric: float
     variance: float
     objective: float
     samples: int | None
+    basis: Basis = "binomial"
+
+    @property
+    def noise(self) -> Noise:
+        """Of a metric measured there."""
+        return Noise(self.variance, self.basis)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Trial:
         values: The scheme's dimensions.
         state: ``"feasible"``, ``"infeasible"``, ``"diverged"`` or ``"failed"``.
         metric: Metric of the compressed model; ``None`` where there is none.
-        variance: Variance of the metric.
+        variance: Variance of the metric's distance to the dense model's.
         objective: Objective of the compressed model; for a diverged trial that of its structure.
         details: The objective's details.
         metrics: Everything that validation logged.
@@ -66,6 +74,7 @@ class Trial:
         probability: How sure it is, after all trials, that the model truly keeps the level: its
             measured metric is drawn towards what the others make one expect of it. ``None`` while
             the search runs.
+        basis: From what the variance is known.
     """
 
     number: int
@@ -82,6 +91,7 @@ class Trial:
     directory: Path
     started: float | None = None
     probability: float | None = None
+    basis: Basis = "binomial"
 
     @property
     def path(self) -> Path:
@@ -214,7 +224,7 @@ class SearchResult:
                 f"Trial {best.number} is best: {show(best.values)}; "
                 f"{self.objective} {best.objective:,.5g} "
                 f"{self.unit} ({self.ratio(best):.1f} × better than dense) at {self.metric} "
-                f"{best.metric:.4f}, of {self._requirement()}{_sure(best)}."
+                f"{best.metric:.4f}, of {self._requirement()}{self._sure(best)}."
             )
         text = f"No trial is feasible: none of {len(self.trials)} has {self._requirement()}."
         miss = self.nearest_miss
@@ -224,6 +234,12 @@ class SearchResult:
                 f"{show(miss.values)}; widen the range, train longer, or raise the tolerance."
             )
         return text
+
+    def _sure(self, trial: Trial) -> str:
+        if trial.probability is None:
+            return ""
+        noise = noise_text(trial.variance, trial.basis, self.baseline.samples)
+        return f"; feasible with probability {trial.probability:.2f}, its metric's noise {noise}"
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120)
@@ -287,12 +303,6 @@ def show(values: Mapping[str, Any]) -> str:
         f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
         for name, value in values.items()
     )
-
-
-def _sure(trial: Trial) -> str:
-    if trial.probability is None:
-        return ""
-    return f"; truly so with a probability of {trial.probability:.2f}"
 
 
 def _best(trials: Sequence[Trial], direction: Direction) -> Trial | None:

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from lightning_condensa.search.dispatch import Dispatcher
 from lightning_condensa.search.executors import InProcess
 from lightning_condensa.search.formulation import Formulation
+from lightning_condensa.search.noise import NoiseModel
 from lightning_condensa.search.overview import Overview
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.progress import SearchProgress
@@ -31,6 +32,7 @@ class SearchRun:
         model: The starting point.
         data: The data.
         formulation: The search as its strategy sees it.
+        noise: Tells the noise of trials.
         progress: Where progress is shown.
     """
 
@@ -41,10 +43,11 @@ class SearchRun:
         model: pl.LightningModule,
         data: Data,
         formulation: Formulation,
+        noise: NoiseModel,
         progress: SearchProgress,
     ) -> None:
         self.search, self.store, self.model, self.data = search, store, model, data
-        self.formulation, self.progress = formulation, progress
+        self.formulation, self.noise, self.progress = formulation, noise, progress
         self.distributions = search.space.distributions()
         self.overview = Overview(search.dirpath / "overview")
 
@@ -140,18 +143,22 @@ class SearchRun:
             seed=search.seed + trial.index,
             stamp=trial.stamp,
             watchers=(self.progress,) if local else (),
+            recorder=search.recorder(self._directory(trial.number)),
         )
 
     def _record(self, trial: Started, outcome: TrialOutcome) -> None:
         if outcome.status == "diverged":
             known = self.formulation.objective_at(trial.values)
             outcome = TrialOutcome(**{**outcome.to_dict(), "objective": known})
+        directory = self._directory(trial.number)
+        measured = outcome.metric is not None
+        noise = self.noise.of(directory) if measured else self.formulation.baseline.noise
         self.store.finish(
             trial.number,
             outcome,
-            directory=str(self._directory(trial.number)),
-            variance=self.formulation.baseline.variance,
-            violation=self.formulation.violation(outcome.metric),
+            directory=str(directory),
+            noise=noise,
+            violation=self.formulation.violation(outcome.metric, noise.variance),
         )
 
     def _tell(self, trial: Started) -> None:
@@ -177,7 +184,7 @@ class SearchRun:
             baseline=formulation.baseline,
             trials=tuple(trial_of(r, formulation, held.probability.get(r.number)) for r in records),
             level=formulation.level,
-            target=formulation.target,
+            target=formulation.target(self._history(records)),
             metric=search.metric,
             mode=search.mode,
             objective=search.objective.name,

@@ -19,6 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_condensa.objectives import Direction
+from lightning_condensa.search.noise import Basis, Noise
 from lightning_condensa.search.trial import TrialOutcome
 
 _JOURNAL = "journal:///"
@@ -54,6 +55,7 @@ class Record:
         outcome: What it found.
         directory: Where its files are.
         variance: Variance of its metric.
+        basis: From what that is known.
         started: When it was handed out, in seconds since 1970.
     """
 
@@ -62,6 +64,7 @@ class Record:
     outcome: TrialOutcome
     directory: str
     variance: float
+    basis: Basis
     started: float | None
 
 
@@ -164,7 +167,7 @@ class Store:
         outcome: TrialOutcome,
         *,
         directory: str,
-        variance: float,
+        noise: Noise,
         violation: float,
     ) -> None:
         """Record how a trial ended.
@@ -173,11 +176,11 @@ class Store:
             number: The trial.
             outcome: What it found; a diverged one needs an objective too.
             directory: Where its files are.
-            variance: Variance of its metric.
+            noise: Of its metric.
             violation: How far the metric misses the level, at most 0 where it is feasible.
         """
         trial_id = self._id(number)
-        facts = {**outcome.to_dict(), "directory": directory, "variance": variance}
+        facts = {**outcome.to_dict(), "directory": directory, **noise._asdict()}
         for key, value in facts.items():
             self._set(trial_id, key, value)
         if outcome.status == "failed":
@@ -229,6 +232,7 @@ def _record(trial: FrozenTrial) -> Record:
         outcome=TrialOutcome(**{k: attrs[k] for k in fields if k in attrs}),
         directory=attrs["directory"],
         variance=attrs["variance"],
+        basis=attrs.get("basis", "binomial"),
         started=None if trial.datetime_start is None else trial.datetime_start.timestamp(),
     )
 

@@ -25,6 +25,7 @@ from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Objective
 from lightning_condensa.schemes import NotFiniteError, Scheme
 from lightning_condensa.search.metrics import evaluate
+from lightning_condensa.search.recorder import ScoreRecorder
 
 Mode = Literal["min", "max"]
 MODEL_FILE = "model.condensa"
@@ -76,6 +77,7 @@ class TrialJob:
         seed: Seed of every random generator in the trial.
         stamp: When the study began the trial; tells its record from one of another study.
         watchers: Further callbacks, not copied; only for trials in this process.
+        recorder: Collects scores of samples in the last validation; ``None`` for none.
     """
 
     number: int
@@ -91,6 +93,7 @@ class TrialJob:
     seed: int
     stamp: str = ""
     watchers: tuple[pl.Callback, ...] = ()
+    recorder: ScoreRecorder | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,8 @@ def _train(job: TrialJob) -> dict[str, Any]:
     if trainer.interrupted:
         raise KeyboardInterrupt
     steps = trainer.global_step
-    metrics = evaluate(trainer, module, job.data.validate_arguments(), job.metric)
+    arguments = job.data.validate_arguments()
+    metrics = evaluate(trainer, module, arguments, job.metric, job.recorder)
     # A launcher that spawns brings the weights back, but not what the callback holds; projecting
     # the compressed weights again gives the same θ.
     compressed = CompressedModel.compress(module, job.scheme) if spawns else callback.compressed

@@ -15,10 +15,11 @@ from lightning_condensa.search.strategies import KnownObjectiveStrategy
 
 def trial_of(record: Record, formulation: Formulation, probability: float | None) -> Trial:
     """A trial, judged by the level that the search has now."""
-    outcome = record.outcome
+    outcome, noise = record.outcome, formulation.noise_of(record)
     state: State
     if outcome.status == "complete" and outcome.metric is not None:
-        state = "feasible" if formulation.violation(outcome.metric) <= 0 else "infeasible"
+        missed = formulation.violation(outcome.metric, noise.variance)
+        state = "feasible" if missed <= 0 else "infeasible"
     else:
         state = "failed" if outcome.status == "failed" else "diverged"
     own = {k: v for k, v in outcome.to_dict().items() if k != "status"}
@@ -26,7 +27,8 @@ def trial_of(record: Record, formulation: Formulation, probability: float | None
         number=record.number,
         values=record.values,
         state=state,
-        variance=record.variance,
+        variance=noise.variance,
+        basis=noise.basis,
         directory=Path(record.directory),
         started=record.started,
         probability=probability,
