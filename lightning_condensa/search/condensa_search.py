@@ -59,7 +59,7 @@ class CondensaSearch:
         metric: A metric that the module logs in validation.
         mode: Whether more (``"max"``) or less (``"min"``) of the metric is better.
         tolerance: How far the metric may be from the uncompressed model's, in its own units.
-        max_trials: Trainer runs, failed ones included.
+        max_trials: Trainer runs, failed ones included, confirmations not.
         trainer: Keyword arguments of each trial's ``Trainer``; callbacks are copied per trial.
         callback: Keyword arguments of each trial's :class:`~lightning_condensa.CondensaCallback`.
         storage: Optuna storage or its address, ``journal:///FILE`` for a journal; an SQLite file in
@@ -82,6 +82,10 @@ class CondensaSearch:
             where ``validation_step`` returns such scores under the metric's name, or ``"logits"``
             and ``"target"``, or calls ``self(x)`` for logits on batches ``(x, y)``, and the metric
             is an accuracy, a cross entropy, or a squared or absolute error.
+        confirm: Further runs, after ``max_trials``, that train the best trial again with another
+            seed. If the mean of its runs is not feasible, the next best is run again, and so on;
+            they end with the first one that holds, or after ``confirm`` runs. Kept in the study,
+            and resumed, like trials.
         scan: In several dimensions, whether to validate the network compressed, without training,
             in one dimension at a time before the first trial: six passes over the validation data
             for a range, one for each option of a choice. The search then knows early which groups
@@ -124,6 +128,7 @@ class CondensaSearch:
         confidence: float | None = None,
         metric_std: float | None = None,
         per_sample: PerSample | None = None,
+        confirm: int = 0,
         scan: bool = True,
         seed: int = 0,
         dirpath: str | Path = "condensa_search",
@@ -138,6 +143,8 @@ class CondensaSearch:
             raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
         if not isinstance(max_trials, int) or max_trials < 1:
             raise ValueError(f"max_trials must be an int >= 1, got {max_trials!r}")
+        if not isinstance(confirm, int) or isinstance(confirm, bool) or confirm < 0:
+            raise ValueError(f"confirm must be an int >= 0, got {confirm!r}")
         if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
             raise ValueError(f"parallel must be an int >= 1, got {parallel!r}")
         if executor is not None and not (isinstance(executor, Executor) or callable(executor)):
@@ -166,6 +173,7 @@ class CondensaSearch:
         self.strategy = make_strategy(method)
         self.executor, self.parallel = executor, parallel
         self.metric_std, self.per_sample = metric_std, per_sample
+        self.confirm = confirm
         self.scan = scan
         self.seed = seed
         self.dirpath = Path(dirpath)
@@ -198,7 +206,8 @@ class CondensaSearch:
         """
         data = self._check(model, train_dataloaders, val_dataloaders, datamodule)
         self.dirpath.mkdir(parents=True, exist_ok=True)
-        with self._alone(), SearchProgress(self.max_trials, self.progress) as progress:
+        runs = self.max_trials + self.confirm
+        with self._alone(), SearchProgress(runs, self.progress) as progress:
             store = Store(self.storage, self.study_name, self.objective.direction)
             store.claim(self._config(model))
             progress.status("measuring the dense model", 0)

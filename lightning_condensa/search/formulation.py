@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
@@ -118,10 +119,19 @@ class Formulation:
             diverged=metric is None,
         )
 
-    def seen(self, record: Record) -> Observation:
-        """A trial that ended, and did not fail."""
-        outcome, noise = record.outcome, self.noise_of(record)
-        return self.observation(record.values, outcome.metric, outcome.objective, noise.variance)
+    def seen(self, record: Record, runs: Sequence[Record] = ()) -> Observation:
+        """A trial that ended, and did not fail.
+
+        Args:
+            record: The trial.
+            runs: Further runs of it. The mean counts; its noise is that of one run, as all are
+                validated on the same samples. A run that diverged is no good.
+        """
+        every = [record, *runs]
+        metrics = [r.outcome.metric for r in every if r.outcome.metric is not None]
+        metric = fmean(metrics) if len(metrics) == len(every) else None
+        variance = fmean(self.noise_of(r).variance for r in every)
+        return self.observation(record.values, metric, record.outcome.objective, variance)
 
     def noise_of(self, record: Record) -> Noise:
         """The noise of a trial's metric: its own where it was paired, unless one is given now."""

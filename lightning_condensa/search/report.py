@@ -114,7 +114,7 @@ def trial_cells(result: SearchResult) -> Cells:
             "" if not t.objective else f"{result.ratio(t):.3g}",
             f"{t.steps:,}",
             f"{t.seconds:.1f} s",
-            t.state,
+            t.standing,
             t.message,
         ]
         for t in result.trials

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
@@ -75,6 +76,9 @@ class Trial:
             measured metric is drawn towards what the others make one expect of it. ``None`` while
             the search runs.
         basis: From what the variance is known.
+        confirms: The trial of which it is another run; such a run is evidence, and never the best.
+        runs: Metrics of further runs of the trial, with other seeds; ``None`` of one that diverged.
+            Together with the trial's own they decide whether it is feasible.
     """
 
     number: int
@@ -92,6 +96,25 @@ class Trial:
     started: float | None = None
     probability: float | None = None
     basis: Basis = "binomial"
+    confirms: int | None = None
+    runs: tuple[float | None, ...] = ()
+
+    @property
+    def evidence(self) -> float | None:
+        """Mean metric of all runs; ``None`` where one has none."""
+        known = [m for m in (self.metric, *self.runs) if m is not None]
+        return fmean(known) if len(known) == 1 + len(self.runs) else None
+
+    @property
+    def standing(self) -> str:
+        """The state, and what further runs have to do with it."""
+        if self.confirms is not None:
+            return f"{self.state}, another run of trial {self.confirms}"
+        if not self.runs:
+            return self.state
+        confirmed = "confirmed" if self.state == "feasible" else "not confirmed"
+        mean = "a run diverged" if self.evidence is None else f"mean {self.evidence:.4f}"
+        return f"{self.state}, {confirmed}: {mean} of {1 + len(self.runs)} runs"
 
     @property
     def path(self) -> Path:
@@ -156,15 +179,15 @@ class SearchResult:
     @property
     def best(self) -> Trial | None:
         """The evaluated feasible trial with the best objective; ``None`` if none is feasible."""
-        feasible = [t for t in self.trials if t.state == "feasible"]
+        feasible = [t for t in self.trials if t.state == "feasible" and t.confirms is None]
         return _best(feasible, self.direction)
 
     @property
     def nearest_miss(self) -> Trial | None:
         """The evaluated trial whose metric comes nearest to the level from below."""
         sign = 1 if self.mode == "max" else -1
-        missed = [t for t in self.trials if t.state == "infeasible" and t.metric is not None]
-        return max(missed, key=lambda t: sign * (t.metric or 0.0), default=None)
+        missed = [t for t in self.trials if t.state == "infeasible" and t.evidence is not None]
+        return max(missed, key=lambda t: sign * (t.evidence or 0.0), default=None)
 
     @property
     def pareto(self) -> list[Trial]:
@@ -198,7 +221,7 @@ class SearchResult:
                 "" if trial.metric is None else f"{trial.metric:.4f}",
                 "" if trial.objective is None else f"{trial.objective:,.5g}",
                 "" if not trial.objective else f"{self.ratio(trial):.3g}",
-                f"{trial.state} {trial.message}"[:60].strip(),
+                f"{trial.standing} {trial.message}"[:60].strip(),
                 f"{trial.seconds:.0f} s",
                 style="bold green" if trial == self.best else None,
             )
@@ -224,16 +247,24 @@ class SearchResult:
                 f"Trial {best.number} is best: {show(best.values)}; "
                 f"{self.objective} {best.objective:,.5g} "
                 f"{self.unit} ({self.ratio(best):.1f} × better than dense) at {self.metric} "
-                f"{best.metric:.4f}, of {self._requirement()}{self._sure(best)}."
+                f"{best.metric:.4f}, of {self._requirement()}{self._sure(best)}"
+                f"{self._confirmed(best)}."
             )
         text = f"No trial is feasible: none of {len(self.trials)} has {self._requirement()}."
         miss = self.nearest_miss
-        if miss is not None and miss.metric is not None:
+        if miss is not None:
             text += (
-                f" Nearest miss: trial {miss.number} with {self.metric} {miss.metric:.4f} at "
+                f" Nearest miss: trial {miss.number} with {self.metric} {miss.evidence:.4f} at "
                 f"{show(miss.values)}; widen the range, train longer, or raise the tolerance."
             )
         return text
+
+    def _confirmed(self, best: Trial) -> str:
+        if best.runs:
+            return f"; confirmed by another run, mean {self.metric} {best.evidence:.4f}"
+        if any(t.confirms is not None for t in self.trials):
+            return "; not confirmed: the runs for that were spent on trials that did not hold"
+        return ""
 
     def _sure(self, trial: Trial) -> str:
         if trial.probability is None:

@@ -17,10 +17,13 @@ from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.result import SearchResult, Trial, show
 from lightning_condensa.search.store import Record, Started, Store
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
-from lightning_condensa.search.views import Belief, belief, trial_of
+from lightning_condensa.search.views import Belief, belief, further_runs, observations, trial_of
 
 if TYPE_CHECKING:
     from lightning_condensa.search.condensa_search import CondensaSearch
+
+#: Seeds of confirmations start so far from those of trials.
+_CONFIRMATIONS = 1_000_000
 
 
 class SearchRun:
@@ -101,16 +104,31 @@ class SearchRun:
 
     def _start(self, running: int) -> Started | None:
         records = self.store.records()
-        if len(records) + running >= self.search.max_trials:
-            return None
+        searched = sum(r.confirms is None for r in records)
+        if searched + running >= self.search.max_trials:
+            return self._confirm(records, running)
         values = None
         if not self.store.waiting():
             values = self._propose(records)
             if values is None:
-                if not running:
+                confirming = self._confirm(records, running)
+                if not running and confirming is None:
                     self.progress.print("every candidate has been tried")
-                return None
+                return confirming
         return self.store.start(values, self.distributions)
+
+    def _confirm(self, records: list[Record], running: int) -> Started | None:
+        """Run the best trial that has not been run again; one at a time, as the next depends."""
+        spent = sum(r.confirms is not None for r in records)
+        if running or spent >= self.search.confirm:
+            return None
+        if self.store.waiting():  # was interrupted
+            return self.store.start(None, self.distributions)
+        best = self._result(Belief(None, {})).best
+        if best is None or best.runs:
+            return None
+        index = _CONFIRMATIONS + spent
+        return self.store.confirm(best.number, best.values, index, self.distributions)
 
     def _propose(self, records: list[Record]) -> dict[str, Any] | None:
         failed = [r.values for r in records if r.outcome.status == "failed"]
@@ -122,7 +140,7 @@ class SearchRun:
         )
 
     def _history(self, records: list[Record]) -> list[Observation]:
-        return [self.formulation.seen(r) for r in records if r.outcome.status != "failed"]
+        return [*observations(self.formulation, records).values()]
 
     def _directory(self, number: int) -> Path:
         return self.search.dirpath / "trials" / f"trial_{number:03d}"
@@ -180,9 +198,13 @@ class SearchRun:
     def _result(self, held: Belief) -> SearchResult:
         search, formulation = self.search, self.formulation
         records = self.store.records()
+        runs = further_runs(records)
         return SearchResult(
             baseline=formulation.baseline,
-            trials=tuple(trial_of(r, formulation, held.probability.get(r.number)) for r in records),
+            trials=tuple(
+                trial_of(r, formulation, held.probability.get(r.number), runs.get(r.number, ()))
+                for r in records
+            ),
             level=formulation.level,
             target=formulation.target(self._history(records)),
             metric=search.metric,
@@ -204,5 +226,5 @@ def _line(result: SearchResult, trial: Trial) -> str:
         )
     return (
         f"trial {trial.number}  {show(trial.values)}  {figures}  "
-        f"{trial.state}  {trial.seconds:.0f} s"
+        f"{trial.standing}  {trial.seconds:.0f} s"
     )
