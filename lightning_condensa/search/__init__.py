@@ -10,6 +10,7 @@ from lightning_condensa.search.executors import (
     SubmititExecutor,
 )
 from lightning_condensa.search.problem import Observation, Problem
+from lightning_condensa.search.rescoring import Rescored
 from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
 from lightning_condensa.search.sampler import CondensaSampler
 from lightning_condensa.search.sensitivity import Sensitivity
@@ -27,6 +28,7 @@ __all__ = [
     "ProcessPool",
     "Range",
     "RayExecutor",
+    "Rescored",
     "SearchResult",
     "Sensitivity",
     "Strategy",

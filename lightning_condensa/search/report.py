@@ -104,7 +104,7 @@ def trial_cells(result: SearchResult) -> Cells:
     """The trials as a table, in order."""
     names = list(result.trials[0].values) if result.trials else []
     header = ["trial", *names, result.metric, f"{result.objective} [{result.unit}]", "× dense"]
-    header += ["steps", "time", "state", "message"]
+    header += ["P(feasible)", "noise", "steps", "time", "state", "message"]
     rows = [
         [
             str(t.number),
@@ -112,6 +112,8 @@ def trial_cells(result: SearchResult) -> Cells:
             "" if t.metric is None else f"{t.metric:.4f}",
             "" if t.objective is None else f"{t.objective:,.5g}",
             "" if not t.objective else f"{result.ratio(t):.3g}",
+            "" if t.probability is None else f"{t.probability:.2f}",
+            "" if t.metric is None else f"{t.variance**0.5:.2g}, {t.basis}",
             f"{t.steps:,}",
             f"{t.seconds:.1f} s",
             t.standing,
@@ -150,6 +152,10 @@ def _settings(result: SearchResult) -> Mapping[str, str]:
         "training": f"{sum(t.steps for t in result.trials):,} optimizer steps in "
         f"{len(result.trials)} trials, {sum(t.seconds for t in result.trials):,.0f} s",
     }
+    if result.best is not None and result.best.probability is not None:
+        settings["best feasible"] = f"with probability {result.best.probability:.2f}"
+    if result.rescored is not None:
+        settings["on untouched data"] = str(result.rescored)
     if result.target != result.level:
         settings["with confidence"] = f"a trial has to show {result.target:.5g}"
     return settings

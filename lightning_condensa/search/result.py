@@ -7,11 +7,12 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import pytorch_lightning as pl
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -21,6 +22,8 @@ from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Direction
 from lightning_condensa.search.noise import Basis, Noise, noise_text
 from lightning_condensa.search.report import to_html
+from lightning_condensa.search.rescoring import Rescored, rescore
+from lightning_condensa.search.scores import PerSample
 from lightning_condensa.search.trial import MODEL_FILE, Mode
 
 if TYPE_CHECKING:
@@ -162,6 +165,7 @@ class SearchResult:
         unit: Its unit.
         curve: The surrogate along the dimension; ``None`` for several dimensions.
         scheme: The searched scheme as YAML, with its dimensions; empty where it is not known.
+        rescored: What came out on untouched data, where :meth:`rescore` was called.
     """
 
     baseline: Baseline
@@ -175,6 +179,7 @@ class SearchResult:
     unit: str
     curve: Curve | None
     scheme: str = ""
+    rescored: Rescored | None = None
 
     @property
     def best(self) -> Trial | None:
@@ -203,15 +208,55 @@ class SearchResult:
         ]
         return min(better) >= 0 and max(better) > 0
 
+    def rescore(
+        self,
+        model: pl.LightningModule,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        *,
+        metric: str | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        per_sample: PerSample | None = None,
+    ) -> SearchResult:
+        """Score the dense model and the best once on data that the search never saw.
+
+        The choice of the best is not touched by it: to choose again after having looked would
+        make these data part of the search.
+
+        Args:
+            model: The module that the search started from; left as it is.
+            dataloaders: As for ``Trainer.test``.
+            datamodule: Instead of loaders: its ``test_dataloader``.
+            metric: A metric that the module logs in ``test_step``, such as ``"test_acc"``. By
+                default the search's own, from ``validation_step`` on these data.
+            trainer: Keyword arguments of the Trainer, as for the search.
+            per_sample: As for the search.
+
+        Returns:
+            The result with :attr:`rescored`, which its summary and report tell of.
+
+        Raises:
+            ValueError: If no trial is feasible, or the data or metric do not fit.
+        """
+        if self.best is None:
+            raise ValueError("there is nothing to rescore: no trial is feasible")
+        found = rescore(
+            self, self.best, model, dataloaders, datamodule, metric, trainer or {}, per_sample
+        )
+        return replace(self, rescored=found)
+
     def table(self) -> Table:
         """The trials as a Rich table."""
         table = Table(
             title=f"{self.objective} with {self._requirement()}",
             title_justify="left",
+            caption=None if self.rescored is None else str(self.rescored),
+            caption_justify="left",
         )
         names = list(self.trials[0].values) if self.trials else []
         for column in ("trial", *names, self.metric, f"{self.objective} [{self.unit}]", "× dense"):
             table.add_column(column, justify="right")
+        table.add_column("P(feasible)", justify="right")
         table.add_column("state")
         table.add_column("time", justify="right")
         for trial in self.trials:
@@ -221,6 +266,7 @@ class SearchResult:
                 "" if trial.metric is None else f"{trial.metric:.4f}",
                 "" if trial.objective is None else f"{trial.objective:,.5g}",
                 "" if not trial.objective else f"{self.ratio(trial):.3g}",
+                "" if trial.probability is None else f"{trial.probability:.2f}",
                 f"{trial.standing} {trial.message}"[:60].strip(),
                 f"{trial.seconds:.0f} s",
                 style="bold green" if trial == self.best else None,
@@ -248,7 +294,7 @@ class SearchResult:
                 f"{self.objective} {best.objective:,.5g} "
                 f"{self.unit} ({self.ratio(best):.1f} × better than dense) at {self.metric} "
                 f"{best.metric:.4f}, of {self._requirement()}{self._sure(best)}"
-                f"{self._confirmed(best)}."
+                f"{self._confirmed(best)}.{'' if self.rescored is None else f' {self.rescored}'}"
             )
         text = f"No trial is feasible: none of {len(self.trials)} has {self._requirement()}."
         miss = self.nearest_miss
