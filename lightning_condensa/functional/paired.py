@@ -26,6 +26,7 @@ def paired_variance(scores: Tensor, reference: Tensor) -> float:
         ValueError: If the shapes differ, or there is no sample.
 
     Example:
+        >>> import torch
         >>> right, reference = torch.ones(100), torch.ones(100)
         >>> right[:3] = 0
         >>> round(paired_variance(right, reference) * 100**2, 2)  # 3 − 9/100, and 1
@@ -61,6 +62,7 @@ def sample_scores(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         Name → scores ``[n]``; empty where the shapes fit nothing.
 
     Example:
+        >>> import torch
         >>> found = sample_scores(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
         >>> found["accuracy"].tolist(), [round(x, 2) for x in found["cross entropy"].tolist()]
         ([1.0, 0.0], [0.13, 2.13])

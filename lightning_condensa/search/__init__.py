@@ -9,6 +9,7 @@ from lightning_condensa.search.executors import (
     RayExecutor,
     SubmititExecutor,
 )
+from lightning_condensa.search.grouping import groups_by_sensitivity
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.rescoring import Rescored
 from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
@@ -35,5 +36,6 @@ __all__ = [
     "SubmititExecutor",
     "Trial",
     "allocate",
+    "groups_by_sensitivity",
     "make_strategy",
 ]
