@@ -55,10 +55,11 @@ class ScoreRecorder(pl.Callback):
     def _watch(self, pl_module: pl.LightningModule) -> None:
         self._called = []
         if self.per_sample is None:
-            self._handle = pl_module.register_forward_hook(self._keep)
+            disable: Any = torch.compiler.disable  # no part of a compiled module
+            self._handle = pl_module.register_forward_hook(disable(self._keep))
 
     def _keep(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self._called.append(output)
+        self._called = self._called or [output]
 
     def _unwatch(self) -> None:
         if self._handle is not None:

@@ -60,10 +60,14 @@ class Classifier(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
+def samples(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 10, generator=draw)
+    return x, (x[:, :3] + 0.1 * torch.randn(count, 3, generator=draw)).argmax(1)
+
+
 def data(shuffle: bool = False) -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1500, 10, generator=draw)
-    y = (x[:, :3] + 0.1 * torch.randn(1500, 3, generator=draw)).argmax(1)
+    x, y = samples(1500)
     held = TensorDataset(x[:SAMPLES], y[:SAMPLES])
     return {
         "train_dataloaders": DataLoader(TensorDataset(x[SAMPLES:], y[SAMPLES:]), batch_size=50),
@@ -93,8 +97,9 @@ def run(tmp_path: Path, model: Classifier, shuffle: bool = False, **changes: Any
     return search(given.pop("dirpath"), **given).fit(model, **data(shuffle))
 
 
-def own_scores(model: Classifier) -> Tensor:
-    x, y = data()["val_dataloaders"].dataset.tensors
+def own_scores(model: Classifier, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    if x is None or y is None:
+        x, y = data()["val_dataloaders"].dataset.tensors
     with torch.no_grad():
         return (model(x).argmax(1) == y).float()
 
@@ -146,6 +151,12 @@ def test_models_that_agree_are_compared_more_exactly_than_by_counting(
         assert result.baseline.variance == binomial
         found += result.trials
     near, far = found
+    # What it claims to be: the variance over validation sets.
+    x, y = samples(200 * SAMPLES, seed=1)
+    for trial in found:
+        difference = own_scores(trial.load(dense(trained)), x, y) - own_scores(dense(trained), x, y)
+        over_sets = float(difference.view(200, SAMPLES).mean(1).var())
+        assert trial.variance == pytest.approx(over_sets, rel=0.35)
     assert abs(near.metric - result.baseline.metric) < 0.02 and near.variance < binomial
     assert far.metric < result.baseline.metric - 0.2 and far.variance > binomial
 
