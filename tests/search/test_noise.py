@@ -222,6 +222,7 @@ def test_a_resumed_search_judges_each_trial_by_its_own_noise(
     sure = run(tmp_path, dense(trained), tolerance=0.1, max_trials=3, confidence=0.95)
     for before, after in zip(first.trials, sure.trials, strict=True):
         assert (before.metric, before.variance) == (after.metric, after.variance)
+        assert after.basis == "paired"
         margin = after.metric - 1.6448536 * math.sqrt(after.variance) - sure.level
         assert after.state == ("feasible" if margin >= 0 else "infeasible")
     nearest = min(sure.trials, key=lambda t: abs(t.metric - sure.level))
@@ -235,6 +236,14 @@ def test_per_sample_is_checked(tmp_path: Path, trained: dict[str, Tensor]) -> No
         search(tmp_path, per_sample=3)
     with pytest.raises(ValueError, match=r"per_sample must return a tensor of shape \[n\], got"):
         run(tmp_path, dense(trained), per_sample=lambda o, b: torch.zeros(2, 2))
+
+
+def test_validation_leaves_no_hook(tmp_path: Path, trained: dict[str, Tensor]) -> None:
+    model, recorder = dense(trained), ScoreRecorder(tmp_path / SCORES_FILE, "val_acc")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[recorder])
+    trainer.validate(model, data()["val_dataloaders"], verbose=False)
+    assert not model._forward_hooks
+    assert torch.equal(Scores.load(tmp_path / SCORES_FILE).values, own_scores(model))
 
 
 def test_an_interrupted_step_leaves_no_hook(tmp_path: Path, trained: dict[str, Tensor]) -> None:
