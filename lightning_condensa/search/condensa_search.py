@@ -77,6 +77,10 @@ class CondensaSearch:
             in one dimension at a time before the first trial: six passes over the validation data
             for a range, one for each option of a choice. The search then knows early which groups
             bear more; a scan that proves wrong is ignored. Kept in the study.
+        warm_start: The least share of the training that a trial takes when it starts from the model
+            of the nearest finished trial that is nowhere sparser, instead of from the dense model.
+            It takes more where that one is far: of the way in ``−ln(density)`` what is still to go.
+            0: every trial starts from the dense model and trains in full.
         seed: Seed of the search; the n-th point to be tried trains with ``seed + n``.
         dirpath: Where logs, models and the study go.
         study_name: Name of the study in the storage.
@@ -115,6 +119,7 @@ class CondensaSearch:
         confidence: float | None = None,
         metric_std: float | None = None,
         scan: bool = True,
+        warm_start: float = 1 / 3,
         seed: int = 0,
         dirpath: str | Path = "condensa_search",
         study_name: str = "condensa",
@@ -141,6 +146,8 @@ class CondensaSearch:
             )
         if metric_std is not None and not (_is_number(metric_std) and metric_std >= 0):
             raise ValueError(f"metric_std must be a number >= 0, got {metric_std!r}")
+        if not _is_number(warm_start) or not 0 <= warm_start <= 1:
+            raise ValueError(f"warm_start must be a share in [0, 1], got {warm_start!r}")
         self.space = SearchSpace(scheme)
         self.objective = as_objective(objective, direction)
         self.metric = metric
@@ -153,6 +160,7 @@ class CondensaSearch:
         self.executor, self.parallel = executor, parallel
         self.metric_std = metric_std
         self.scan = scan
+        self.warm_start = float(warm_start)
         self.seed = seed
         self.dirpath = Path(dirpath)
         self.storage = storage or f"sqlite:///{self.dirpath / 'study.db'}"

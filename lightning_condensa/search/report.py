@@ -103,7 +103,7 @@ def trial_cells(result: SearchResult) -> Cells:
     """The trials as a table, in order."""
     names = list(result.trials[0].values) if result.trials else []
     header = ["trial", *names, result.metric, f"{result.objective} [{result.unit}]", "× dense"]
-    header += ["steps", "time", "state", "message"]
+    header += ["from", "steps", "time", "state", "message"]
     rows = [
         [
             str(t.number),
@@ -111,6 +111,7 @@ def trial_cells(result: SearchResult) -> Cells:
             "" if t.metric is None else f"{t.metric:.4f}",
             "" if t.objective is None else f"{t.objective:,.5g}",
             "" if not t.objective else f"{result.ratio(t):.3g}",
+            "dense" if t.parent is None else str(t.parent),
             f"{t.steps:,}",
             f"{t.seconds:.1f} s",
             t.state,

@@ -66,6 +66,7 @@ class Trial:
         probability: How sure it is, after all trials, that the model truly keeps the level: its
             measured metric is drawn towards what the others make one expect of it. ``None`` while
             the search runs.
+        parent: The trial whose model it started from; ``None`` for the uncompressed one.
     """
 
     number: int
@@ -82,6 +83,7 @@ class Trial:
     directory: Path
     started: float | None = None
     probability: float | None = None
+    parent: int | None = None
 
     @property
     def path(self) -> Path:
@@ -181,6 +183,7 @@ class SearchResult:
             table.add_column(column, justify="right")
         table.add_column("state")
         table.add_column("time", justify="right")
+        table.add_column("from", justify="right")
         for trial in self.trials:
             table.add_row(
                 str(trial.number),
@@ -190,6 +193,7 @@ class SearchResult:
                 "" if not trial.objective else f"{self.ratio(trial):.3g}",
                 f"{trial.state} {trial.message}"[:60].strip(),
                 f"{trial.seconds:.0f} s",
+                "dense" if trial.parent is None else str(trial.parent),
                 style="bold green" if trial == self.best else None,
             )
         return table

@@ -17,6 +17,7 @@ from lightning_condensa.search.result import SearchResult, Trial, show
 from lightning_condensa.search.store import Record, Started, Store
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
 from lightning_condensa.search.views import Belief, belief, trial_of
+from lightning_condensa.search.warm_start import WarmStart, nearest_denser
 
 if TYPE_CHECKING:
     from lightning_condensa.search.condensa_search import CondensaSearch
@@ -140,7 +141,14 @@ class SearchRun:
             seed=search.seed + trial.index,
             stamp=trial.stamp,
             watchers=(self.progress,) if local else (),
+            start=self._warm_start(trial),
         )
+
+    def _warm_start(self, trial: Started) -> WarmStart | None:
+        least = self.search.warm_start
+        if not least:
+            return None
+        return nearest_denser(self.search.space, trial.values, self.store.records(), least)
 
     def _record(self, trial: Started, outcome: TrialOutcome) -> None:
         if outcome.status == "diverged":
@@ -190,6 +198,7 @@ class SearchRun:
 
 def _line(result: SearchResult, trial: Trial) -> str:
     figures = trial.message
+    origin = "" if trial.parent is None else f", from trial {trial.parent}"
     if trial.metric is not None:
         figures = (
             f"{result.metric} {trial.metric:.4f}, {result.objective} {trial.objective:,.5g} "
@@ -197,5 +206,5 @@ def _line(result: SearchResult, trial: Trial) -> str:
         )
     return (
         f"trial {trial.number}  {show(trial.values)}  {figures}  "
-        f"{trial.state}  {trial.seconds:.0f} s"
+        f"{trial.state}  {trial.seconds:.0f} s{origin}"
     )

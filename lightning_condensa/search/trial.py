@@ -25,6 +25,7 @@ from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Objective
 from lightning_condensa.schemes import NotFiniteError, Scheme
 from lightning_condensa.search.metrics import evaluate
+from lightning_condensa.search.warm_start import WarmStart, keep_teachers, shortened
 
 Mode = Literal["min", "max"]
 MODEL_FILE = "model.condensa"
@@ -76,6 +77,7 @@ class TrialJob:
         seed: Seed of every random generator in the trial.
         stamp: When the study began the trial; tells its record from one of another study.
         watchers: Further callbacks, not copied; only for trials in this process.
+        start: What it goes on from instead of the module, ``None`` for the module itself.
     """
 
     number: int
@@ -91,6 +93,7 @@ class TrialJob:
     seed: int
     stamp: str = ""
     watchers: tuple[pl.Callback, ...] = ()
+    start: WarmStart | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class TrialOutcome:
         steps: Optimizer steps.
         seconds: Wall-clock time.
         message: The error, where there was one.
+        parent: The trial whose model it started from; ``None`` for the uncompressed one.
     """
 
     status: Literal["complete", "diverged", "failed"]
@@ -117,6 +121,7 @@ class TrialOutcome:
     steps: int = 0
     seconds: float = 0.0
     message: str = ""
+    parent: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as plain data."""
@@ -154,7 +159,8 @@ def run_trial(job: TrialJob) -> TrialOutcome:
         trace = "".join(traceback.format_exception(error))
         write_atomically(job.directory / "error.txt", trace.encode())
         outcome = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
-    result = TrialOutcome(**outcome, seconds=time.perf_counter() - started)
+    parent = None if job.start is None else job.start.parent
+    result = TrialOutcome(**outcome, seconds=time.perf_counter() - started, parent=parent)
     record = {
         "number": job.number,
         "stamp": job.stamp,
@@ -178,7 +184,8 @@ def read_outcome(directory: Path, stamp: str) -> TrialOutcome | None:
     record = json.loads(path.read_text())
     if record.get("stamp") != stamp:
         return None
-    return TrialOutcome(**{f.name: record[f.name] for f in fields(TrialOutcome)})
+    known = {f.name for f in fields(TrialOutcome)} & record.keys()  # of another release, say
+    return TrialOutcome(**{name: record[name] for name in known})
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -192,7 +199,13 @@ def _train(job: TrialJob) -> dict[str, Any]:
     callback = CondensaCallback(
         job.scheme, **{"monitor": job.metric, "mode": job.mode, **job.callback}
     )
-    trainer = make_trainer(job.trainer, job.directory, (callback,))
+    arguments = job.trainer
+    if job.start is not None:
+        job.start.load(module)
+        arguments = shortened(arguments, job.start.share)
+    trainer = make_trainer(arguments, job.directory, (callback,))
+    if job.start is not None:
+        keep_teachers(trainer.callbacks, job.module)  # type: ignore[attr-defined]
     spawns = trainer.strategy.launcher is not None
     if not spawns:  # bars live in this process
         trainer.callbacks.extend(job.watchers)  # type: ignore[attr-defined]
