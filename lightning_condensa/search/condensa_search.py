@@ -81,6 +81,9 @@ class CondensaSearch:
             of the nearest finished trial that is nowhere sparser, instead of from the dense model.
             It takes more where that one is far: of the way in ``−ln(density)`` what is still to go.
             0: every trial starts from the dense model and trains in full.
+        early_abort: Whether to end a trial when its compressed metric, validated in training, can
+            no longer reach the level, by the curves of earlier trials; never before four that
+            started the same way, warm or not, have been trained to their end.
         seed: Seed of the search; the n-th point to be tried trains with ``seed + n``.
         dirpath: Where logs, models and the study go.
         study_name: Name of the study in the storage.
@@ -120,6 +123,7 @@ class CondensaSearch:
         metric_std: float | None = None,
         scan: bool = True,
         warm_start: float = 1 / 3,
+        early_abort: bool = False,
         seed: int = 0,
         dirpath: str | Path = "condensa_search",
         study_name: str = "condensa",
@@ -160,7 +164,7 @@ class CondensaSearch:
         self.executor, self.parallel = executor, parallel
         self.metric_std = metric_std
         self.scan = scan
-        self.warm_start = float(warm_start)
+        self.warm_start, self.early_abort = float(warm_start), early_abort
         self.seed = seed
         self.dirpath = Path(dirpath)
         self.storage = storage or f"sqlite:///{self.dirpath / 'study.db'}"

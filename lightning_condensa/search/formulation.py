@@ -106,6 +106,15 @@ class Formulation:
 
     def seen(self, record: Record) -> Observation:
         """A trial that ended, and did not fail."""
+        outcome = record.outcome
+        if outcome.bound is not None and self.violation(outcome.metric) > 0:
+            return Observation(
+                self.space.coordinates(record.values),
+                metric=None,
+                variance=self.baseline.variance,
+                utility=None if outcome.objective is None else self.utility(outcome.objective),
+                bound=self.sign * outcome.bound,
+            )
         return self.observation(record.values, record.outcome.metric, record.outcome.objective)
 
     def violation(self, metric: float | None) -> float:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 M = TypeVar("M", bound=nn.Module)
-State = Literal["feasible", "infeasible", "diverged", "failed"]
+State = Literal["feasible", "infeasible", "aborted", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Trial:
     Attributes:
         number: Its number in the study.
         values: The scheme's dimensions.
-        state: ``"feasible"``, ``"infeasible"``, ``"diverged"`` or ``"failed"``.
+        state: ``"feasible"``, ``"infeasible"``, ``"aborted"`` (it could no longer become
+            feasible; metric and model are the best until then), ``"diverged"`` or ``"failed"``.
         metric: Metric of the compressed model; ``None`` where there is none.
         variance: Variance of the metric.
         objective: Objective of the compressed model; for a diverged trial that of its structure.
@@ -67,6 +68,8 @@ class Trial:
             measured metric is drawn towards what the others make one expect of it. ``None`` while
             the search runs.
         parent: The trial whose model it started from; ``None`` for the uncompressed one.
+        curve: ``(progress, metric)`` of the validations in training.
+        bound: What the metric of an aborted trial would have stayed short of.
     """
 
     number: int
@@ -84,6 +87,8 @@ class Trial:
     started: float | None = None
     probability: float | None = None
     parent: int | None = None
+    curve: Sequence[Sequence[float]] = ()
+    bound: float | None = None
 
     @property
     def path(self) -> Path:
@@ -155,7 +160,7 @@ class SearchResult:
     def nearest_miss(self) -> Trial | None:
         """The evaluated trial whose metric comes nearest to the level from below."""
         sign = 1 if self.mode == "max" else -1
-        missed = [t for t in self.trials if t.state == "infeasible" and t.metric is not None]
+        missed = [t for t in self.trials if t.state in ("infeasible", "aborted")]
         return max(missed, key=lambda t: sign * (t.metric or 0.0), default=None)
 
     @property

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
+from lightning_condensa.search.abort import AbortRule
 from lightning_condensa.search.dispatch import Dispatcher
 from lightning_condensa.search.executors import InProcess
 from lightning_condensa.search.formulation import Formulation
@@ -127,6 +128,7 @@ class SearchRun:
 
     def _job(self, trial: Started, local: bool) -> TrialJob:
         search = self.search
+        start = self._warm_start(trial)
         return TrialJob(
             number=trial.number,
             module=self.model,
@@ -141,7 +143,8 @@ class SearchRun:
             seed=search.seed + trial.index,
             stamp=trial.stamp,
             watchers=(self.progress,) if local else (),
-            start=self._warm_start(trial),
+            start=start,
+            rule=self._abort_rule(start is not None),
         )
 
     def _warm_start(self, trial: Started) -> WarmStart | None:
@@ -149,6 +152,19 @@ class SearchRun:
         if not least:
             return None
         return nearest_denser(self.search.space, trial.values, self.store.records(), least)
+
+    def _abort_rule(self, warm: bool) -> AbortRule | None:
+        if not self.search.early_abort:
+            return None
+        told = self.formulation
+        return AbortRule.learned(
+            self.store.records(),
+            warm,
+            target=told.target,
+            sign=told.sign,
+            tolerance=self.search.tolerance,
+            variance=told.baseline.variance,
+        )
 
     def _record(self, trial: Started, outcome: TrialOutcome) -> None:
         if outcome.status == "diverged":

@@ -24,6 +24,7 @@ from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Objective
 from lightning_condensa.schemes import NotFiniteError, Scheme
+from lightning_condensa.search.abort import AbortRule, CurveWatch
 from lightning_condensa.search.metrics import evaluate
 from lightning_condensa.search.warm_start import WarmStart, keep_teachers, shortened
 
@@ -78,6 +79,7 @@ class TrialJob:
         stamp: When the study began the trial; tells its record from one of another study.
         watchers: Further callbacks, not copied; only for trials in this process.
         start: What it goes on from instead of the module, ``None`` for the module itself.
+        rule: When to end it early.
     """
 
     number: int
@@ -94,6 +96,7 @@ class TrialJob:
     stamp: str = ""
     watchers: tuple[pl.Callback, ...] = ()
     start: WarmStart | None = None
+    rule: AbortRule | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class TrialOutcome:
     """What a trial found, as plain data.
 
     Attributes:
-        status: ``"complete"``, ``"diverged"`` (no usable metric: an infeasible observation) or
+        status: ``"complete"``, ``"diverged"`` (no usable metric: an infeasible observation),
+            ``"aborted"`` (ended early: the metric is that of the best model until then) or
             ``"failed"`` (an error: no observation).
         metric: The metric of the compressed model on the validation data.
         objective: The objective of the compressed model.
@@ -111,9 +115,11 @@ class TrialOutcome:
         seconds: Wall-clock time.
         message: The error, where there was one.
         parent: The trial whose model it started from; ``None`` for the uncompressed one.
+        curve: ``(progress, metric)`` of the validations in training.
+        bound: What the metric of an aborted trial would have stayed short of.
     """
 
-    status: Literal["complete", "diverged", "failed"]
+    status: Literal["complete", "diverged", "aborted", "failed"]
     metric: float | None = None
     objective: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
@@ -122,6 +128,8 @@ class TrialOutcome:
     seconds: float = 0.0
     message: str = ""
     parent: int | None = None
+    curve: list[list[float]] = field(default_factory=list)
+    bound: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as plain data."""
@@ -207,8 +215,9 @@ def _train(job: TrialJob) -> dict[str, Any]:
     if job.start is not None:
         keep_teachers(trainer.callbacks, job.module)  # type: ignore[attr-defined]
     spawns = trainer.strategy.launcher is not None
-    if not spawns:  # bars live in this process
-        trainer.callbacks.extend(job.watchers)  # type: ignore[attr-defined]
+    watch = CurveWatch(job.metric, job.rule)
+    if not spawns:  # what they note, and bars, live in this process
+        trainer.callbacks.extend([watch, *job.watchers])  # type: ignore[attr-defined]
     trainer.fit(module, **job.data.fit_arguments())
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -221,9 +230,12 @@ def _train(job: TrialJob) -> dict[str, Any]:
     compressed.save(job.directory / MODEL_FILE)
     metric = metrics[job.metric]
     finite = math.isfinite(metric)
+    ended = "complete" if watch.bound is None else "aborted"
     return {
-        "status": "complete" if finite else "diverged",
-        "message": "" if finite else f"{job.metric} is {metric}",
+        "status": ended if finite else "diverged",
+        "message": watch.message if finite else f"{job.metric} is {metric}",
+        "curve": watch.curve,
+        "bound": watch.bound if finite else None,
         "metric": metric if finite else None,
         "objective": float(details["value"]),
         "details": details,

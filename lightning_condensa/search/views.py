@@ -17,10 +17,12 @@ def trial_of(record: Record, formulation: Formulation, probability: float | None
     """A trial, judged by the level that the search has now."""
     outcome = record.outcome
     state: State
-    if outcome.status == "complete" and outcome.metric is not None:
-        state = "feasible" if formulation.violation(outcome.metric) <= 0 else "infeasible"
+    if outcome.status in ("failed", "diverged"):
+        state = outcome.status
+    elif formulation.violation(outcome.metric) <= 0:  # also of an aborted one, by another tolerance
+        state = "feasible"
     else:
-        state = "failed" if outcome.status == "failed" else "diverged"
+        state = "aborted" if outcome.status == "aborted" else "infeasible"
     own = {k: v for k, v in outcome.to_dict().items() if k != "status"}
     return Trial(
         number=record.number,
