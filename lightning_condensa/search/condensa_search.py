@@ -73,10 +73,11 @@ class CondensaSearch:
             search and in the selection. ``None`` asks for the measured metric only.
         metric_std: Standard deviation of one measurement of the metric; estimated from the number
             of validation samples where ``None``.
-        scan: In several dimensions, whether to validate the network compressed, without training,
-            in one dimension at a time before the first trial: six passes over the validation data
-            for a range, one for each option of a choice. The search then knows early which groups
-            bear more; a scan that proves wrong is ignored. Kept in the study.
+        scan: Whether to validate the network compressed, without training, in one dimension at a
+            time before the first trial: six passes over the validation data for a range, one for
+            each option of a choice. The search then knows early which groups bear more, or along
+            one density where the cliff may be; a scan that proves wrong is ignored. Kept in the
+            study.
         warm_start: The least share of the training that a trial takes when it starts from the model
             of the nearest finished trial that is nowhere sparser, instead of from the dense model.
             It takes more where that one is far: of the way in ``−ln(density)`` what is still to go.

@@ -80,11 +80,13 @@ class Formulation:
     @property
     def scannable(self) -> bool:
         """Whether the strategy has a use for a scan of the dimensions."""
-        return self.problem.accuracy
+        return self.problem.accuracy or self.problem.cliff
 
     def use(self, sensitivity: Sensitivity) -> None:
         """Tell the strategy of a scan."""
         loss = max(2 * self._tolerance, 0.02)
+        if self.problem.cliff:  # its curves begin at the dense model, wherever the range does
+            sensitivity = replace(sensitivity, reference=self.baseline.metric)
         self.problem = replace(self.problem, scan=sensitivity.prior(self.space, loss, self.sign))
 
     @property

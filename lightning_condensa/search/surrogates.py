@@ -48,7 +48,8 @@ class CliffEnsemble(EnsembleModel):
     `thin` are the ensemble; their weights are BoTorch's ``ensemble_weights``.
 
     Args:
-        problem: A problem with ``cliff=True``.
+        problem: A problem with ``cliff=True``; with a ``scan`` half of the curves are drawn as that
+            suggests.
         history: Finished evaluations; the baseline is not among them, every curve passes
             through it.
         seed: Seed of the draws.
@@ -86,7 +87,8 @@ class CliffEnsemble(EnsembleModel):
         self.noise_variance = problem.noise_variance
         generator = torch.Generator().manual_seed(seed)
         u_max = float(problem.candidates.max().clamp_min(1e-3))
-        curves = CliffCurves.prior(draws, u_max, generator)
+        one_shot = None if problem.scan is None else float(problem.scan[0])
+        curves = CliffCurves.prior(draws, u_max, generator, one_shot)
         log_weights = self._log_likelihood(curves, history, problem.level)
         kept, self.log_weights = thin(log_weights, members, generator)
         self.curves = curves[kept]
