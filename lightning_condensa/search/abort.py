@@ -23,20 +23,22 @@ __all__ = ["AbortRule", "CurveWatch"]
 LEAST_CURVES = 4
 #: Probability of reaching the level that is too little to go on.
 _CHANCE = 0.005
+#: What is believed of the errors before any trial, and how many trials that is worth.
+_PRIOR_SD, _PRIOR_TRIALS = 0.5, 3
 
 Curve = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class AbortRule:
-    r"""Predicts the metric at the end of training from that in the middle; plain data, for workers.
+    """Predicts the metric at the end of training from that in the middle; plain data, for workers.
 
     On a scale that is linear near the level and logarithmic far from it,
     ``y = sign(c) log(1 + |c|)``, ``c = (metric - target) / scale``, the metric at the end is taken
     to be a linear function of the best one so far, the same for all trials that start the same
     way, with normal errors. Fitted to the trials that ended, at the same progress, it predicts by
-    a t distribution with ``n - 2`` degrees of freedom, which is wide for few trials, and wider for
-    a trial that is worse than all of them.
+    a t distribution: ``n - 2`` degrees of freedom, and three of a prior of errors with a standard
+    deviation of 1/2. It is wide for few trials, and wider for one that is worse than all of them.
 
     Attributes:
         curves: Of each trial that ended: ``(progress, metric)`` pairs, the last of them its end.
@@ -104,14 +106,17 @@ class AbortRule:
         spread = sum((x - mean_x) ** 2 for x, _ in pairs)
         slope = sum((x - mean_x) * (y - mean_y) for x, y in pairs) / max(spread, 1e-12)
         slope = max(slope, 0.0)  # early on, noise alone may say that the worse end better
-        residual = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in pairs) / (n - 2)
+        squares = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in pairs)
+        freedom = n - 2 + _PRIOR_TRIALS
         # No fit is better than what it is made of: two measurements near the level.
-        variance = max(residual, 2 * (self.noise / self.scale) ** 2)
+        variance = max(
+            (squares + _PRIOR_TRIALS * _PRIOR_SD**2) / freedom, 2 * (self.noise / self.scale) ** 2
+        )
         away = (x0 - mean_x) ** 2 / max(spread, 1e-12)
         sd = math.sqrt(variance * (1 + 1 / n + away))
         # Trained to its end, a trial keeps the best model that it had.
         center = max(mean_y + slope * (x0 - mean_x), x0)
-        highest = center + float(student.ppf(1 - _CHANCE, n - 2)) * sd
+        highest = center + float(student.ppf(1 - _CHANCE, freedom)) * sd
         if highest > 700:  # beyond what exp can take
             return self.sign * math.inf
         return self.target + self.sign * self.scale * math.copysign(
