@@ -79,7 +79,8 @@ class CondensaSearch:
             one density where the cliff may be; a scan that proves wrong is ignored. Kept in the
             study.
         warm_start: The least share of the training that a trial takes when it starts from the model
-            of the nearest finished trial that is nowhere sparser, instead of from the dense model.
+            of the nearest finished trial that is nowhere sparser, by a third of the weights in all
+            at least, instead of from the dense model.
             It takes more where that one is far: of the way in ``−ln(density)`` what is still to go.
             0: every trial starts from the dense model and trains in full.
         early_abort: Whether to end a trial when its compressed metric, validated in training, can

@@ -20,7 +20,7 @@ from lightning_condensa.search import ProcessPool, SearchResult
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Record
 from lightning_condensa.search.trial import MODEL_FILE, TrialOutcome
-from lightning_condensa.search.warm_start import nearest_denser, shortened
+from lightning_condensa.search.warm_start import APART, nearest_denser, shortened
 
 
 class Watched(Toy):
@@ -80,7 +80,7 @@ def test_a_trial_starts_from_the_nearest_denser_model_and_trains_less(tmp_path: 
         nearer = [
             t.number
             for t in result.trials[: trial.number]
-            if t.values["density"] > trial.values["density"]
+            if math.log(t.values["density"] / trial.values["density"]) >= APART
         ]
         expected = min(nearer, key=lambda n: result.trials[n].values["density"], default=None)
         assert trial.parent == expected
@@ -159,11 +159,12 @@ def test_a_parent_is_nowhere_sparser_and_was_trained_to_its_end(tmp_path: Path) 
     records = [
         made(0, 0.5, "float16"),
         made(1, 0.2, "int8"),
-        made(2, 0.11, "int4"),
-        made(3, 0.09, "int8"),
-        made(4, 0.12, "int8", "diverged"),
+        made(2, 0.16, "int4"),
+        made(3, 0.05, "int8"),
+        made(4, 0.16, "int8", "diverged"),
         made(5, 0.2, "int8"),
-        made(6, 0.13, "int8", "failed"),
+        made(6, 0.16, "int8", "failed"),
+        made(7, 0.12, "int8"),  # too near
     ]
     child = {"prune.density": 0.1, "quantize.dtype": "int8"}
     start = nearest_denser(space, child, records, least=0.25)
