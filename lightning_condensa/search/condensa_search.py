@@ -86,10 +86,19 @@ class CondensaSearch:
             seed. If the mean of its runs is not feasible, the next best is run again, and so on;
             they end with the first one that holds, or after ``confirm`` runs. Kept in the study,
             and resumed, like trials.
-        scan: In several dimensions, whether to validate the network compressed, without training,
-            in one dimension at a time before the first trial: six passes over the validation data
-            for a range, one for each option of a choice. The search then knows early which groups
-            bear more; a scan that proves wrong is ignored. Kept in the study.
+        scan: Whether to validate the network compressed, without training, in one dimension at a
+            time before the first trial: six passes over the validation data for a range, one for
+            each option of a choice. The search then knows early which groups bear more, or along
+            one density where the cliff may be; a scan that proves wrong is ignored. Kept in the
+            study.
+        warm_start: The least share of the training that a trial takes when it starts from the model
+            of the nearest finished trial that is nowhere sparser, by a third of the weights in all
+            at least, instead of from the dense model.
+            It takes more where that one is far: of the way in ``−ln(density)`` what is still to go.
+            0: every trial starts from the dense model and trains in full.
+        early_abort: Whether to end a trial when its compressed metric, validated in training, can
+            no longer reach the level, by the curves of earlier trials; never before four that
+            started the same way, warm or not, have been trained to their end.
         seed: Seed of the search; the n-th point to be tried trains with ``seed + n``.
         dirpath: Where logs, models and the study go.
         study_name: Name of the study in the storage.
@@ -130,6 +139,8 @@ class CondensaSearch:
         per_sample: PerSample | None = None,
         confirm: int = 0,
         scan: bool = True,
+        warm_start: float = 1 / 3,
+        early_abort: bool = False,
         seed: int = 0,
         dirpath: str | Path = "condensa_search",
         study_name: str = "condensa",
@@ -162,6 +173,8 @@ class CondensaSearch:
             )
         if metric_std is not None and not (_is_number(metric_std) and metric_std >= 0):
             raise ValueError(f"metric_std must be a number >= 0, got {metric_std!r}")
+        if not _is_number(warm_start) or not 0 <= warm_start <= 1:
+            raise ValueError(f"warm_start must be a share in [0, 1], got {warm_start!r}")
         self.space = SearchSpace(scheme)
         self.objective = as_objective(objective, direction)
         self.metric = metric
@@ -175,6 +188,7 @@ class CondensaSearch:
         self.metric_std, self.per_sample = metric_std, per_sample
         self.confirm = confirm
         self.scan = scan
+        self.warm_start, self.early_abort = float(warm_start), early_abort
         self.seed = seed
         self.dirpath = Path(dirpath)
         self.storage = storage or f"sqlite:///{self.dirpath / 'study.db'}"

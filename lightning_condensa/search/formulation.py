@@ -83,11 +83,13 @@ class Formulation:
     @property
     def scannable(self) -> bool:
         """Whether the strategy has a use for a scan of the dimensions."""
-        return self.problem.accuracy
+        return self.problem.accuracy or self.problem.cliff
 
     def use(self, sensitivity: Sensitivity) -> None:
         """Tell the strategy of a scan."""
         loss = max(2 * self._tolerance, 0.02)
+        if self.problem.cliff:  # its curves begin at the dense model, wherever the range does
+            sensitivity = replace(sensitivity, reference=self.baseline.metric)
         self.problem = replace(self.problem, scan=sensitivity.prior(self.space, loss, self.sign))
 
     def expecting(self, history: Sequence[Observation]) -> Problem:
@@ -127,11 +129,21 @@ class Formulation:
             runs: Further runs of it. The mean counts; its noise is that of one run, as all are
                 validated on the same samples. A run that diverged is no good.
         """
+        outcome = record.outcome
+        own = self.noise_of(record).variance
+        if outcome.bound is not None and self.violation(outcome.metric, own) > 0:
+            return Observation(
+                self.space.coordinates(record.values),
+                metric=None,
+                variance=own,
+                utility=None if outcome.objective is None else self.utility(outcome.objective),
+                bound=self.sign * outcome.bound,
+            )
         every = [record, *runs]
         metrics = [r.outcome.metric for r in every if r.outcome.metric is not None]
         metric = fmean(metrics) if len(metrics) == len(every) else None
         variance = fmean(self.noise_of(r).variance for r in every)
-        return self.observation(record.values, metric, record.outcome.objective, variance)
+        return self.observation(record.values, metric, outcome.objective, variance)
 
     def noise_of(self, record: Record) -> Noise:
         """The noise of a trial's metric: its own where it was paired, unless one is given now."""

@@ -104,7 +104,7 @@ def trial_cells(result: SearchResult) -> Cells:
     """The trials as a table, in order."""
     names = list(result.trials[0].values) if result.trials else []
     header = ["trial", *names, result.metric, f"{result.objective} [{result.unit}]", "× dense"]
-    header += ["P(feasible)", "noise", "steps", "time", "state", "message"]
+    header += ["P(feasible)", "noise", "from", "steps", "time", "state", "message"]
     rows = [
         [
             str(t.number),
@@ -114,6 +114,7 @@ def trial_cells(result: SearchResult) -> Cells:
             "" if not t.objective else f"{result.ratio(t):.3g}",
             "" if t.probability is None else f"{t.probability:.2f}",
             "" if t.metric is None else f"{t.variance**0.5:.2g}, {t.basis}",
+            "dense" if t.parent is None else str(t.parent),
             f"{t.steps:,}",
             f"{t.seconds:.1f} s",
             t.standing,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 M = TypeVar("M", bound=nn.Module)
-State = Literal["feasible", "infeasible", "diverged", "failed"]
+State = Literal["feasible", "infeasible", "aborted", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Trial:
     Attributes:
         number: Its number in the study.
         values: The scheme's dimensions.
-        state: ``"feasible"``, ``"infeasible"``, ``"diverged"`` or ``"failed"``.
+        state: ``"feasible"``, ``"infeasible"``, ``"aborted"`` (it could no longer become
+            feasible; metric and model are the best until then), ``"diverged"`` or ``"failed"``.
         metric: Metric of the compressed model; ``None`` where there is none.
         variance: Variance of the metric's distance to the dense model's.
         objective: Objective of the compressed model; for a diverged trial that of its structure.
@@ -82,6 +83,9 @@ class Trial:
         confirms: The trial of which it is another run; such a run is evidence, and never the best.
         runs: Metrics of further runs of the trial, with other seeds; ``None`` of one that diverged.
             Together with the trial's own they decide whether it is feasible.
+        parent: The trial whose model it started from; ``None`` for the uncompressed one.
+        curve: ``(progress, metric)`` of the validations in training.
+        bound: What the metric of an aborted trial would have stayed short of.
     """
 
     number: int
@@ -118,6 +122,10 @@ class Trial:
         confirmed = "confirmed" if self.state == "feasible" else "not confirmed"
         mean = "a run diverged" if self.evidence is None else f"mean {self.evidence:.4f}"
         return f"{self.state}, {confirmed}: {mean} of {1 + len(self.runs)} runs"
+
+    parent: int | None = None
+    curve: Sequence[Sequence[float]] = ()
+    bound: float | None = None
 
     @property
     def path(self) -> Path:
@@ -191,7 +199,11 @@ class SearchResult:
     def nearest_miss(self) -> Trial | None:
         """The evaluated trial whose metric comes nearest to the level from below."""
         sign = 1 if self.mode == "max" else -1
-        missed = [t for t in self.trials if t.state == "infeasible" and t.evidence is not None]
+        missed = [
+            t
+            for t in self.trials
+            if t.state in ("infeasible", "aborted") and t.evidence is not None
+        ]
         return max(missed, key=lambda t: sign * (t.evidence or 0.0), default=None)
 
     @property
@@ -259,6 +271,7 @@ class SearchResult:
         table.add_column("P(feasible)", justify="right")
         table.add_column("state")
         table.add_column("time", justify="right")
+        table.add_column("from", justify="right")
         for trial in self.trials:
             table.add_row(
                 str(trial.number),
@@ -269,6 +282,7 @@ class SearchResult:
                 "" if trial.probability is None else f"{trial.probability:.2f}",
                 f"{trial.standing} {trial.message}"[:60].strip(),
                 f"{trial.seconds:.0f} s",
+                "dense" if trial.parent is None else str(trial.parent),
                 style="bold green" if trial == self.best else None,
             )
         return table

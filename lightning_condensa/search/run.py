@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
+from lightning_condensa.search.abort import AbortRule
 from lightning_condensa.search.dispatch import Dispatcher
 from lightning_condensa.search.executors import InProcess
 from lightning_condensa.search.formulation import Formulation
@@ -18,6 +19,7 @@ from lightning_condensa.search.result import SearchResult, Trial, show
 from lightning_condensa.search.store import Record, Started, Store
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
 from lightning_condensa.search.views import Belief, belief, further_runs, observations, trial_of
+from lightning_condensa.search.warm_start import WarmStart, nearest_denser
 
 if TYPE_CHECKING:
     from lightning_condensa.search.condensa_search import CondensaSearch
@@ -147,6 +149,7 @@ class SearchRun:
 
     def _job(self, trial: Started, local: bool) -> TrialJob:
         search = self.search
+        start = self._warm_start(trial)
         return TrialJob(
             number=trial.number,
             module=self.model,
@@ -162,6 +165,32 @@ class SearchRun:
             stamp=trial.stamp,
             watchers=(self.progress,) if local else (),
             recorder=search.recorder(self._directory(trial.number)),
+            start=start,
+            rule=self._abort_rule(trial, start is not None),
+        )
+
+    def _warm_start(self, trial: Started) -> WarmStart | None:
+        least = self.search.warm_start
+        if not least:
+            return None
+        records = self.store.records()
+        if trial.confirms is not None:  # it starts where the one to be confirmed did
+            first = next(r for r in records if r.number == trial.confirms)
+            records = [r for r in records if r.number == first.outcome.parent]
+        return nearest_denser(self.search.space, trial.values, records, least)
+
+    def _abort_rule(self, trial: Started, warm: bool) -> AbortRule | None:
+        if not self.search.early_abort or trial.confirms is not None:
+            return None
+        told = self.formulation
+        records = self.store.records()
+        return AbortRule.learned(
+            records,
+            warm,
+            target=told.target(self._history(records)),
+            sign=told.sign,
+            tolerance=self.search.tolerance,
+            variance=told.baseline.variance,
         )
 
     def _record(self, trial: Started, outcome: TrialOutcome) -> None:
@@ -219,6 +248,7 @@ class SearchRun:
 
 def _line(result: SearchResult, trial: Trial) -> str:
     figures = trial.message
+    origin = "" if trial.parent is None else f", from trial {trial.parent}"
     if trial.metric is not None:
         figures = (
             f"{result.metric} {trial.metric:.4f}, {result.objective} {trial.objective:,.5g} "
@@ -226,5 +256,5 @@ def _line(result: SearchResult, trial: Trial) -> str:
         )
     return (
         f"trial {trial.number}  {show(trial.values)}  {figures}  "
-        f"{trial.standing}  {trial.seconds:.0f} s"
+        f"{trial.standing}  {trial.seconds:.0f} s{origin}"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -20,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_condensa.objectives import Direction
 from lightning_condensa.search.noise import Basis, Noise
-from lightning_condensa.search.trial import TrialOutcome
+from lightning_condensa.search.trial import MODEL_FILE, TrialOutcome
 
 _JOURNAL = "journal:///"
 _STATUS, _LOST = "status", "lost"
@@ -70,6 +71,11 @@ class Record:
     basis: Basis
     started: float | None
     confirms: int | None = None
+
+    @property
+    def model(self) -> Path:
+        """Its packed model."""
+        return Path(self.directory) / MODEL_FILE
 
 
 class Store:

@@ -39,11 +39,13 @@ def trial_of(
     """A trial, judged by the level that the search has now, and by all runs of it."""
     outcome, noise = record.outcome, formulation.noise_of(record)
     state: State
-    if outcome.status == "complete" and outcome.metric is not None:
-        problem, seen = formulation.problem, formulation.seen(record, runs)
-        state = "feasible" if seen.feasible(problem.level, problem.z) else "infeasible"
+    seen = formulation.seen(record, runs)
+    if outcome.status in ("failed", "diverged"):
+        state = outcome.status
+    elif seen.feasible(formulation.problem.level, formulation.problem.z):
+        state = "feasible"  # also of an aborted one, by another tolerance
     else:
-        state = "failed" if outcome.status == "failed" else "diverged"
+        state = "aborted" if outcome.status == "aborted" else "infeasible"
     own = {k: v for k, v in outcome.to_dict().items() if k != "status"}
     return Trial(
         number=record.number,
