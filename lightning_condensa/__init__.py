@@ -45,7 +45,7 @@ from lightning_condensa.schemes import (
     Scheme,
     per_group,
 )
-from lightning_condensa.search import CondensaSearch, allocate
+from lightning_condensa.search import CondensaSearch, allocate, groups_by_sensitivity
 from lightning_condensa.version import __version__
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "compare",
     "compress_ladder",
     "geometric_densities",
+    "groups_by_sensitivity",
     "load_compressed",
     "load_tensors",
     "per_group",

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 COLORS = {
     "feasible": "tab:green",
     "infeasible": "tab:red",
+    "aborted": "tab:orange",
     "diverged": "tab:purple",
     "failed": "tab:gray",
 }
 #: And shapes, for those who cannot tell the colours.
-MARKERS = {"feasible": "o", "infeasible": "v", "diverged": "x", "failed": "+"}
+MARKERS = {"feasible": "o", "infeasible": "v", "aborted": "1", "diverged": "x", "failed": "+"}
 GOLD, GOLD_EDGE = "gold", "#8a6d00"
 #: More trials than this are not numbered: the numbers would hide each other.
 MANY = 30

@@ -34,7 +34,7 @@ def plot_trace(result: SearchResult, axes: Axes | None = None) -> Figure:
     trace: list[tuple[int, float]] = []
     shown = [(t, t.objective) for t in result.trials if t.objective is not None]
     for trial, objective in shown:
-        if trial.state == "feasible":
+        if trial.state == "feasible" and trial.confirms is None:
             best = objective if best is None else better(best, objective)
         if best is not None:
             trace.append((trial.number, best))

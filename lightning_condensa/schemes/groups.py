@@ -64,7 +64,7 @@ def _split(stage: Scheme, module: nn.Module, by: By, parts: int) -> list[Scheme]
     if len(groups) < 2:
         return [stage]
     everything = [t.name for t in replace(stage, include=(), exclude=()).select(module)]
-    patterns = [_cover(group, set(everything) - set(group)) for group in groups]
+    patterns = [cover(group, set(everything) - set(group)) for group in groups]
     if not isinstance(stage, DensityPrune):
         return [replace(stage, include=(pattern,)) for pattern in patterns]
     if stage.overrides:
@@ -96,7 +96,7 @@ def _groups(names: Sequence[str], by: By, parts: int) -> list[list[str]]:
     return [[n for n, p in zip(names, places, strict=True) if p == i] for i in sorted({*places})]
 
 
-def _cover(group: Sequence[str], others: set[str]) -> str:
+def cover(group: Sequence[str], others: set[str]) -> str:
     """A regular expression for the names of a group and none of the others, by short prefixes."""
     pieces: dict[str, None] = {}
     for name in group:

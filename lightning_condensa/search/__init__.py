@@ -9,7 +9,9 @@ from lightning_condensa.search.executors import (
     RayExecutor,
     SubmititExecutor,
 )
+from lightning_condensa.search.grouping import groups_by_sensitivity
 from lightning_condensa.search.problem import Observation, Problem
+from lightning_condensa.search.rescoring import Rescored
 from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
 from lightning_condensa.search.sampler import CondensaSampler
 from lightning_condensa.search.sensitivity import Sensitivity
@@ -27,11 +29,13 @@ __all__ = [
     "ProcessPool",
     "Range",
     "RayExecutor",
+    "Rescored",
     "SearchResult",
     "Sensitivity",
     "Strategy",
     "SubmititExecutor",
     "Trial",
     "allocate",
+    "groups_by_sensitivity",
     "make_strategy",
 ]

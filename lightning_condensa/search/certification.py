@@ -63,4 +63,4 @@ def probability_of_level(
     gain = 1 / (1 + noise / variance.clamp(min=1e-18))
     expected = mean + gain * (seen.metric - mean)
     margin = (expected - level) / (gain * noise).sqrt()
-    return float((torch.special.ndtr(margin) * log_weights.exp()).sum())
+    return min(float((torch.special.ndtr(margin) * log_weights.exp()).sum()), 1.0)  # of rounding

@@ -11,6 +11,8 @@ from torch import Tensor
 __all__ = ["RUN_SD", "CliffCurves", "thin"]
 
 RUN_SD = (0.0007, 0.0015, 0.003, 0.005)
+#: Mean and standard deviation of how much farther, in logarithms of ``u``, training moves a cliff.
+_MOVED, _MOVED_SD = math.log(3.0), 0.6
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class CliffCurves:
         return CliffCurves(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @classmethod
-    def prior(cls, count: int, u_max: float, generator: torch.Generator) -> CliffCurves:
+    def prior(
+        cls, count: int, u_max: float, generator: torch.Generator, one_shot: float | None = None
+    ) -> CliffCurves:
         """Draw curves from the prior.
 
         The location is uniform in ``u`` for six curves in ten and uniform in sparsity for the
@@ -66,6 +70,10 @@ class CliffCurves:
             u_max: The greatest ``u`` that can be proposed; cliffs a little beyond it are drawn
                 too, as a network may survive everything.
             generator: Source of the draws.
+            one_shot: Where the network loses the first points without any training; training moves
+                the cliff to sparser points, mostly two to six times as far in ``u``. Half of the
+                curves believe that, so that their share after some observations is by how well
+                they predicted them, and one that misleads does little harm. None where unknown.
 
         Example:
             >>> curves = CliffCurves.prior(1000, 5.0, torch.Generator().manual_seed(0))
@@ -85,8 +93,14 @@ class CliffCurves:
         in_sparsity = -torch.log1p(-uniform(low, -math.expm1(-1.02 * u_max)))
         level = torch.randint(len(RUN_SD), (count,), generator=generator)
         normal = torch.randn(count, generator=generator, dtype=torch.float64)
+        location = torch.where(uniform(0, 1) < 0.6, in_u, in_sparsity)
+        if one_shot is not None and math.isfinite(one_shot):
+            moved = torch.randn(count, generator=generator, dtype=torch.float64) * _MOVED_SD
+            told = max(one_shot, low) * (_MOVED + moved).exp()
+            believes = uniform(0, 1) < 0.5
+            location = torch.where(believes, told.clamp(low, 1.05 * u_max), location)
         return cls(
-            location=torch.where(uniform(0, 1) < 0.6, in_u, in_sparsity),
+            location=location,
             power=uniform(math.log(1.5), math.log(60)).exp(),
             depth=uniform(0.3, 0.97),
             slope=unless(0.5, uniform(0, 0.006)),

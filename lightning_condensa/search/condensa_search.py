@@ -23,10 +23,13 @@ from lightning_condensa.schemes import Scheme
 from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.dispatch import ExecutorLike
 from lightning_condensa.search.formulation import Formulation
-from lightning_condensa.search.metrics import count_samples, evaluate, noise_variance
+from lightning_condensa.search.metrics import count_samples, evaluate
+from lightning_condensa.search.noise import NoiseModel, expected_noise
 from lightning_condensa.search.progress import SearchProgress
+from lightning_condensa.search.recorder import ScoreRecorder
 from lightning_condensa.search.result import Baseline, SearchResult
 from lightning_condensa.search.run import SearchRun
+from lightning_condensa.search.scores import SCORES_FILE, PerSample, Scores
 from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Store
@@ -56,7 +59,7 @@ class CondensaSearch:
         metric: A metric that the module logs in validation.
         mode: Whether more (``"max"``) or less (``"min"``) of the metric is better.
         tolerance: How far the metric may be from the uncompressed model's, in its own units.
-        max_trials: Trainer runs, failed ones included.
+        max_trials: Trainer runs, failed ones included, confirmations not.
         trainer: Keyword arguments of each trial's ``Trainer``; callbacks are copied per trial.
         callback: Keyword arguments of each trial's :class:`~lightning_condensa.CondensaCallback`.
         storage: Optuna storage or its address, ``journal:///FILE`` for a journal; an SQLite file in
@@ -71,12 +74,31 @@ class CondensaSearch:
         direction: Direction of a callable objective.
         confidence: Probability with which the winner shall be feasible; the margin is kept in the
             search and in the selection. ``None`` asks for the measured metric only.
-        metric_std: Standard deviation of one measurement of the metric; estimated from the number
-            of validation samples where ``None``.
-        scan: In several dimensions, whether to validate the network compressed, without training,
-            in one dimension at a time before the first trial: six passes over the validation data
-            for a range, one for each option of a choice. The search then knows early which groups
-            bear more; a scan that proves wrong is ignored. Kept in the study.
+        metric_std: Standard deviation of one measurement of the metric's distance to the
+            uncompressed model's. Where ``None``, it comes from comparing both models sample by
+            sample, or else from the number of validation samples.
+        per_sample: For that comparison, a callable ``(outputs, batch) -> Tensor[n]`` from what
+            ``validation_step`` returned to a score per sample whose mean is the metric. Not needed
+            where ``validation_step`` returns such scores under the metric's name, or ``"logits"``
+            and ``"target"``, or calls ``self(x)`` for logits on batches ``(x, y)``, and the metric
+            is an accuracy, a cross entropy, or a squared or absolute error.
+        confirm: Further runs, after ``max_trials``, that train the best trial again with another
+            seed. If the mean of its runs is not feasible, the next best is run again, and so on;
+            they end with the first one that holds, or after ``confirm`` runs. Kept in the study,
+            and resumed, like trials.
+        scan: Whether to validate the network compressed, without training, in one dimension at a
+            time before the first trial: six passes over the validation data for a range, one for
+            each option of a choice. The search then knows early which groups bear more, or along
+            one density where the cliff may be; a scan that proves wrong is ignored. Kept in the
+            study.
+        warm_start: The least share of the training that a trial takes when it starts from the model
+            of the nearest finished trial that is nowhere sparser, by a third of the weights in all
+            at least, instead of from the dense model.
+            It takes more where that one is far: of the way in ``−ln(density)`` what is still to go.
+            0: every trial starts from the dense model and trains in full.
+        early_abort: Whether to end a trial when its compressed metric, validated in training, can
+            no longer reach the level, by the curves of earlier trials; never before four that
+            started the same way, warm or not, have been trained to their end.
         seed: Seed of the search; the n-th point to be tried trains with ``seed + n``.
         dirpath: Where logs, models and the study go.
         study_name: Name of the study in the storage.
@@ -114,7 +136,11 @@ class CondensaSearch:
         direction: Direction | None = None,
         confidence: float | None = None,
         metric_std: float | None = None,
+        per_sample: PerSample | None = None,
+        confirm: int = 0,
         scan: bool = True,
+        warm_start: float = 1 / 3,
+        early_abort: bool = False,
         seed: int = 0,
         dirpath: str | Path = "condensa_search",
         study_name: str = "condensa",
@@ -128,6 +154,8 @@ class CondensaSearch:
             raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
         if not isinstance(max_trials, int) or max_trials < 1:
             raise ValueError(f"max_trials must be an int >= 1, got {max_trials!r}")
+        if not isinstance(confirm, int) or isinstance(confirm, bool) or confirm < 0:
+            raise ValueError(f"confirm must be an int >= 0, got {confirm!r}")
         if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
             raise ValueError(f"parallel must be an int >= 1, got {parallel!r}")
         if executor is not None and not (isinstance(executor, Executor) or callable(executor)):
@@ -139,8 +167,14 @@ class CondensaSearch:
             raise ValueError(
                 f"parallel={parallel} needs an executor, such as ProcessPool({parallel})"
             )
+        if per_sample is not None and not callable(per_sample):
+            raise ValueError(
+                f"per_sample must be a callable (outputs, batch) -> Tensor[n], got {per_sample!r}"
+            )
         if metric_std is not None and not (_is_number(metric_std) and metric_std >= 0):
             raise ValueError(f"metric_std must be a number >= 0, got {metric_std!r}")
+        if not _is_number(warm_start) or not 0 <= warm_start <= 1:
+            raise ValueError(f"warm_start must be a share in [0, 1], got {warm_start!r}")
         self.space = SearchSpace(scheme)
         self.objective = as_objective(objective, direction)
         self.metric = metric
@@ -151,8 +185,10 @@ class CondensaSearch:
         self.callback = dict(callback or {})
         self.strategy = make_strategy(method)
         self.executor, self.parallel = executor, parallel
-        self.metric_std = metric_std
+        self.metric_std, self.per_sample = metric_std, per_sample
+        self.confirm = confirm
         self.scan = scan
+        self.warm_start, self.early_abort = float(warm_start), early_abort
         self.seed = seed
         self.dirpath = Path(dirpath)
         self.storage = storage or f"sqlite:///{self.dirpath / 'study.db'}"
@@ -184,7 +220,8 @@ class CondensaSearch:
         """
         data = self._check(model, train_dataloaders, val_dataloaders, datamodule)
         self.dirpath.mkdir(parents=True, exist_ok=True)
-        with self._alone(), SearchProgress(self.max_trials, self.progress) as progress:
+        runs = self.max_trials + self.confirm
+        with self._alone(), SearchProgress(runs, self.progress) as progress:
             store = Store(self.storage, self.study_name, self.objective.direction)
             store.claim(self._config(model))
             progress.status("measuring the dense model", 0)
@@ -196,7 +233,8 @@ class CondensaSearch:
             if self.scan and formulation.scannable:
                 progress.status("measuring one dimension at a time", 0)
                 formulation.use(self._sensitivity(store, model, data))
-            return SearchRun(self, store, model, data, formulation, progress).run()
+            noise = NoiseModel(baseline.noise, self._dense_scores(), progress.print)
+            return SearchRun(self, store, model, data, formulation, noise, progress).run()
 
     def _check(
         self, model: object, train: Any, val: Any, datamodule: pl.LightningDataModule | None
@@ -243,7 +281,9 @@ class CondensaSearch:
         if known is None:
             module = deepcopy(model)
             trainer = make_trainer({**self.trainer, "logger": False}, self.dirpath / "baseline")
-            metric = evaluate(trainer, module, data.validate_arguments(), self.metric)[self.metric]
+            recorder = self.recorder(self.dirpath / "baseline")
+            logged = evaluate(trainer, module, data.validate_arguments(), self.metric, recorder)
+            metric = logged[self.metric]
             if not math.isfinite(metric):
                 raise ValueError(f"the dense model's {self.metric} is {metric}: nothing to keep")
             known = {
@@ -252,12 +292,23 @@ class CondensaSearch:
                 "objective": self.objective(CompressedModel(module, {}, self.space.scheme)),
             }
             store.set("baseline", known)
-        variance = (
-            noise_variance(known["metric"], known["samples"], self.tolerance)
-            if self.metric_std is None
-            else self.metric_std**2
+        noise = expected_noise(
+            known["metric"], known["samples"], self.tolerance, self.metric_std, self._dense_scores()
         )
-        return Baseline(known["metric"], variance, known["objective"], known["samples"])
+        return Baseline(
+            known["metric"], noise.variance, known["objective"], known["samples"], noise.basis
+        )
+
+    def recorder(self, directory: Path) -> ScoreRecorder | None:
+        """What collects the scores of samples; nothing where the noise is given."""
+        if self.metric_std is not None:
+            return None
+        return ScoreRecorder(directory / SCORES_FILE, self.metric, self.per_sample)
+
+    def _dense_scores(self) -> Scores | None:
+        if self.metric_std is not None:
+            return None
+        return Scores.load(self.dirpath / "baseline" / SCORES_FILE)
 
     def _sensitivity(self, store: Store, model: pl.LightningModule, data: Data) -> Sensitivity:
         known = store.get("sensitivity")

@@ -35,7 +35,8 @@ class DamageEnsemble:
     observation is its noise, the member's run-to-run variance (drawn from its posterior, by the
     evidence of a few members fitted first) and ``(0.15 * loss)^2``, since the form is only roughly
     right far down the cliff. A diverged run pulls only where a member takes
-    it for less than three tolerances below the level. Members that found no fit weigh less.
+    it for less than three tolerances below the level, an aborted one where it takes it for more
+    than its bound. Members that found no fit weigh less.
 
     Args:
         problem: A problem with a domain.
@@ -151,19 +152,17 @@ class DamageMixture:
 
 
 class _Data:
-    """Observations as tensors; what a diverged run lost stands for 'at least so much'."""
+    """Observations as tensors; what a censored run lost stands for 'at least so much'."""
 
     def __init__(self, problem: Problem, history: Sequence[Observation]) -> None:
-        bound = max(problem.tolerance, 0.0) + 3 * max(problem.tolerance, 1e-3)
-        losses = [
-            bound if seen.metric is None else problem.baseline_metric - seen.metric
-            for seen in history
-        ]
+        far = problem.level - 3 * max(problem.tolerance, 1e-3)
+        metrics = [s.ceiling(far) if s.metric is None else s.metric for s in history]
+        losses = [problem.baseline_metric - metric for metric in metrics]
         d = len(problem.baseline.point)
         self.points = torch.stack([s.point for s in history]) if history else torch.empty(0, d)
         self.loss = torch.tensor(losses, dtype=torch.float64)
         self.variance = torch.tensor([s.variance for s in history], dtype=torch.float64)
-        self.censored = torch.tensor([s.diverged for s in history], dtype=torch.bool)
+        self.censored = torch.tensor([s.censored for s in history], dtype=torch.bool)
 
 
 class _Fit:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +13,7 @@ import torch
 
 from lightning_condensa.objectives import Objective
 from lightning_condensa.search.landscape import Landscape
+from lightning_condensa.search.noise import Noise
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.result import Baseline
 from lightning_condensa.search.sensitivity import Sensitivity
@@ -80,39 +83,79 @@ class Formulation:
     @property
     def scannable(self) -> bool:
         """Whether the strategy has a use for a scan of the dimensions."""
-        return self.problem.accuracy
+        return self.problem.accuracy or self.problem.cliff
 
     def use(self, sensitivity: Sensitivity) -> None:
         """Tell the strategy of a scan."""
         loss = max(2 * self._tolerance, 0.02)
+        if self.problem.cliff:  # its curves begin at the dense model, wherever the range does
+            sensitivity = replace(sensitivity, reference=self.baseline.metric)
         self.problem = replace(self.problem, scan=sensitivity.prior(self.space, loss, self.sign))
 
-    @property
-    def target(self) -> float:
-        """The metric that a trial must show."""
-        return self.sign * self.problem.target
+    def expecting(self, history: Sequence[Observation]) -> Problem:
+        """The problem, with the noise seen nearest to the level for that of the next trial."""
+        seen = [
+            (abs(s.metric - self.problem.level), s.variance)
+            for s in history
+            if s.metric is not None
+        ]
+        return replace(self.problem, noise_variance=min(seen)[1]) if seen else self.problem
+
+    def target(self, history: Sequence[Observation]) -> float:
+        """The metric that the next trial must show."""
+        return self.sign * self.expecting(history).target
 
     def observation(
-        self, values: Mapping[str, Any], metric: float | None, objective: float | None
+        self,
+        values: Mapping[str, Any],
+        metric: float | None,
+        objective: float | None,
+        variance: float | None = None,
     ) -> Observation:
         """A finished evaluation; a diverged one where there is no metric."""
         return Observation(
             self.space.coordinates(dict(values)),
             metric=None if metric is None else self.sign * metric,
-            variance=self.baseline.variance,
+            variance=self.baseline.variance if variance is None else variance,
             utility=None if objective is None else self.utility(objective),
             diverged=metric is None,
         )
 
-    def seen(self, record: Record) -> Observation:
-        """A trial that ended, and did not fail."""
-        return self.observation(record.values, record.outcome.metric, record.outcome.objective)
+    def seen(self, record: Record, runs: Sequence[Record] = ()) -> Observation:
+        """A trial that ended, and did not fail.
 
-    def violation(self, metric: float | None) -> float:
-        """How far a metric misses the target; at most 0 where it is feasible."""
+        Args:
+            record: The trial.
+            runs: Further runs of it. The mean counts; its noise is that of one run, as all are
+                validated on the same samples. A run that diverged is no good.
+        """
+        outcome = record.outcome
+        own = self.noise_of(record).variance
+        if outcome.bound is not None and self.violation(outcome.metric, own) > 0:
+            return Observation(
+                self.space.coordinates(record.values),
+                metric=None,
+                variance=own,
+                utility=None if outcome.objective is None else self.utility(outcome.objective),
+                bound=self.sign * outcome.bound,
+            )
+        every = [record, *runs]
+        metrics = [r.outcome.metric for r in every if r.outcome.metric is not None]
+        metric = fmean(metrics) if len(metrics) == len(every) else None
+        variance = fmean(self.noise_of(r).variance for r in every)
+        return self.observation(record.values, metric, outcome.objective, variance)
+
+    def noise_of(self, record: Record) -> Noise:
+        """The noise of a trial's metric: its own where it was paired, unless one is given now."""
+        paired = record.basis == "paired" and self.baseline.basis != "given"
+        return Noise(record.variance, "paired") if paired else self.baseline.noise
+
+    def violation(self, metric: float | None, variance: float | None = None) -> float:
+        """How far a metric of some variance misses its target; at most 0 where it is feasible."""
         if metric is None:
             return DIVERGED_VIOLATION
-        return self.problem.target - self.sign * metric
+        variance = self.baseline.variance if variance is None else variance
+        return self.problem.level + self.problem.z * math.sqrt(variance) - self.sign * metric
 
     def objective_at(self, values: Mapping[str, Any]) -> float:
         """The known objective at some values."""
@@ -135,5 +178,5 @@ class Formulation:
         """
         points = [self.space.coordinates(dict(values)) for values in taken]
         pending = torch.stack(points) if points else None
-        proposed = strategy.suggest(self.problem, history, pending, q=1, seed=seed)
+        proposed = strategy.suggest(self.expecting(history), history, pending, q=1, seed=seed)
         return self.landscape.values(proposed[0]) if len(proposed) else None

@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 
+Stage = Literal["validate", "test"]
+
 
 def evaluate(
-    trainer: pl.Trainer, module: pl.LightningModule, arguments: Mapping[str, Any], metric: str
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    arguments: Mapping[str, Any],
+    metric: str,
+    recorder: pl.Callback | None = None,
+    stage: Stage = "validate",
 ) -> dict[str, float]:
-    """Everything that the module logs in validation.
+    """Everything that the module logs in validation, or in a test.
 
     Args:
         trainer: The Trainer to validate with.
         module: The module.
-        arguments: Data arguments of ``Trainer.validate``.
+        arguments: Data arguments of ``Trainer.validate`` or ``Trainer.test``.
         metric: A name that must be among the logged ones.
+        recorder: A callback for this run alone.
+        stage: ``"validate"`` or ``"test"``.
 
     Raises:
         ValueError: If the module does not log ``metric``.
     """
-    trainer.validate(module, verbose=False, **arguments)
+    watching = [] if recorder is None else [recorder]
+    trainer.callbacks.extend(watching)  # type: ignore[attr-defined]
+    try:
+        run = trainer.validate if stage == "validate" else trainer.test
+        run(module, verbose=False, **arguments)
+    finally:
+        for callback in watching:
+            trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if metric not in logged:
         raise ValueError(
-            f"metric={metric!r} is not logged by {type(module).__name__} in validation; "
+            f"metric={metric!r} is not logged by {type(module).__name__} in "
+            f"{'validation' if stage == 'validate' else 'test'}; "
             f"it logs {sorted(logged)}"
         )
     return logged

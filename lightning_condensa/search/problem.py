@@ -31,10 +31,12 @@ class Observation:
             `Problem.utility`; None when it was not measured.
         diverged: Whether training ended without a usable metric. Such a point is known to be
             infeasible; it is not missing data.
+        bound: What the metric of a training that was not finished would have stayed below; None
+            for a finished one.
 
     Raises:
         ValueError: If ``point`` is not a vector, ``variance`` is negative or not finite, or
-            ``metric`` and ``diverged`` contradict each other.
+            ``metric``, ``diverged`` and ``bound`` contradict each other.
 
     Example:
         >>> Observation(torch.tensor([2.3]), metric=0.97, variance=1e-6, utility=2.2).diverged
@@ -46,6 +48,7 @@ class Observation:
     variance: float
     utility: float | None
     diverged: bool = False
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         """Validate, and hold the point in double precision."""
@@ -53,14 +56,25 @@ class Observation:
             raise ValueError(f"point must have shape [d], got {list(self.point.shape)}")
         if not (math.isfinite(self.variance) and self.variance >= 0):
             raise ValueError(f"variance must be finite and >= 0, got {self.variance}")
-        if self.diverged != (self.metric is None):
+        if self.diverged + (self.metric is not None) + (self.bound is not None) != 1:
             raise ValueError(
-                f"metric must be None exactly when diverged, got metric={self.metric} "
-                f"with diverged={self.diverged}"
+                "metric must be None exactly when diverged or bounded, got "
+                f"metric={self.metric} with diverged={self.diverged} and bound={self.bound}"
             )
+        if self.bound is not None and not math.isfinite(self.bound):
+            raise ValueError(f"bound must be finite (or None), got {self.bound}")
         if self.metric is not None and not math.isfinite(self.metric):
             raise ValueError(f"metric must be finite (or None when diverged), got {self.metric}")
         object.__setattr__(self, "point", self.point.detach().to(torch.float64))
+
+    @property
+    def censored(self) -> bool:
+        """Whether the metric is only known to lie below something."""
+        return self.metric is None
+
+    def ceiling(self, level: float) -> float:
+        """What a censored metric lies below: its bound, or for a diverged run the level."""
+        return level if self.bound is None else self.bound
 
     def feasible(self, level: float, z: float = 0.0) -> bool:
         """Whether the metric is at least ``level`` by a margin of ``z`` standard deviations."""

@@ -13,6 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from lightning_condensa.deploy import inspect_packed
+from lightning_condensa.search.noise import Noise, noise_text
 
 if TYPE_CHECKING:
     from lightning_condensa.search.result import SearchResult, Trial
@@ -103,7 +104,7 @@ def trial_cells(result: SearchResult) -> Cells:
     """The trials as a table, in order."""
     names = list(result.trials[0].values) if result.trials else []
     header = ["trial", *names, result.metric, f"{result.objective} [{result.unit}]", "× dense"]
-    header += ["steps", "time", "state", "message"]
+    header += ["P(feasible)", "noise", "from", "steps", "time", "state", "message"]
     rows = [
         [
             str(t.number),
@@ -111,9 +112,12 @@ def trial_cells(result: SearchResult) -> Cells:
             "" if t.metric is None else f"{t.metric:.4f}",
             "" if t.objective is None else f"{t.objective:,.5g}",
             "" if not t.objective else f"{result.ratio(t):.3g}",
+            "" if t.probability is None else f"{t.probability:.2f}",
+            "" if t.metric is None else f"{t.variance**0.5:.2g}, {t.basis}",
+            "dense" if t.parent is None else str(t.parent),
             f"{t.steps:,}",
             f"{t.seconds:.1f} s",
-            t.state,
+            t.standing,
             t.message,
         ]
         for t in result.trials
@@ -145,13 +149,23 @@ def _settings(result: SearchResult) -> Mapping[str, str]:
         f"{result.objective} {dense.objective:,.6g} {result.unit}",
         "tolerance": f"{abs(dense.metric - result.level):.4g}, so {result.metric} "
         f"{'≥' if result.mode == 'max' else '≤'} {result.level:.5g}",
-        "noise of the metric": f"{dense.variance**0.5:.2g} (standard deviation)",
+        "noise of the metric": _noise(result),
         "training": f"{sum(t.steps for t in result.trials):,} optimizer steps in "
         f"{len(result.trials)} trials, {sum(t.seconds for t in result.trials):,.0f} s",
     }
+    if result.best is not None and result.best.probability is not None:
+        settings["best feasible"] = f"with probability {result.best.probability:.2f}"
+    if result.rescored is not None:
+        settings["on untouched data"] = str(result.rescored)
     if result.target != result.level:
         settings["with confidence"] = f"a trial has to show {result.target:.5g}"
     return settings
+
+
+def _noise(result: SearchResult) -> str:
+    best, dense = result.best, result.baseline
+    shown = dense.noise if best is None else Noise(best.variance, best.basis)
+    return noise_text(*shown, dense.samples)
 
 
 def _direction(direction: str) -> str:

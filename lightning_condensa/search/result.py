@@ -7,10 +7,12 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import pytorch_lightning as pl
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -18,14 +20,17 @@ from torch import nn
 from lightning_condensa.deploy import load_compressed
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Direction
+from lightning_condensa.search.noise import Basis, Noise, noise_text
 from lightning_condensa.search.report import to_html
+from lightning_condensa.search.rescoring import Rescored, rescore
+from lightning_condensa.search.scores import PerSample
 from lightning_condensa.search.trial import MODEL_FILE, Mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 M = TypeVar("M", bound=nn.Module)
-State = Literal["feasible", "infeasible", "diverged", "failed"]
+State = Literal["feasible", "infeasible", "aborted", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,19 @@ class Baseline:
         variance: Variance of a metric measured there.
         objective: Its objective.
         samples: Validation samples; ``None`` where the loader does not know.
+        basis: From what the variance is known.
     """
 
     metric: float
     variance: float
     objective: float
     samples: int | None
+    basis: Basis = "binomial"
+
+    @property
+    def noise(self) -> Noise:
+        """Of a metric measured there."""
+        return Noise(self.variance, self.basis)
 
 
 @dataclass(frozen=True)
@@ -52,9 +64,10 @@ class Trial:
     Attributes:
         number: Its number in the study.
         values: The scheme's dimensions.
-        state: ``"feasible"``, ``"infeasible"``, ``"diverged"`` or ``"failed"``.
+        state: ``"feasible"``, ``"infeasible"``, ``"aborted"`` (it could no longer become
+            feasible; metric and model are the best until then), ``"diverged"`` or ``"failed"``.
         metric: Metric of the compressed model; ``None`` where there is none.
-        variance: Variance of the metric.
+        variance: Variance of the metric's distance to the dense model's.
         objective: Objective of the compressed model; for a diverged trial that of its structure.
         details: The objective's details.
         metrics: Everything that validation logged.
@@ -66,6 +79,13 @@ class Trial:
         probability: How sure it is, after all trials, that the model truly keeps the level: its
             measured metric is drawn towards what the others make one expect of it. ``None`` while
             the search runs.
+        basis: From what the variance is known.
+        confirms: The trial of which it is another run; such a run is evidence, and never the best.
+        runs: Metrics of further runs of the trial, with other seeds; ``None`` of one that diverged.
+            Together with the trial's own they decide whether it is feasible.
+        parent: The trial whose model it started from; ``None`` for the uncompressed one.
+        curve: ``(progress, metric)`` of the validations in training.
+        bound: What the metric of an aborted trial would have stayed short of.
     """
 
     number: int
@@ -82,6 +102,30 @@ class Trial:
     directory: Path
     started: float | None = None
     probability: float | None = None
+    basis: Basis = "binomial"
+    confirms: int | None = None
+    runs: tuple[float | None, ...] = ()
+
+    @property
+    def evidence(self) -> float | None:
+        """Mean metric of all runs; ``None`` where one has none."""
+        known = [m for m in (self.metric, *self.runs) if m is not None]
+        return fmean(known) if len(known) == 1 + len(self.runs) else None
+
+    @property
+    def standing(self) -> str:
+        """The state, and what further runs have to do with it."""
+        if self.confirms is not None:
+            return f"{self.state}, another run of trial {self.confirms}"
+        if not self.runs:
+            return self.state
+        confirmed = "confirmed" if self.state == "feasible" else "not confirmed"
+        mean = "a run diverged" if self.evidence is None else f"mean {self.evidence:.4f}"
+        return f"{self.state}, {confirmed}: {mean} of {1 + len(self.runs)} runs"
+
+    parent: int | None = None
+    curve: Sequence[Sequence[float]] = ()
+    bound: float | None = None
 
     @property
     def path(self) -> Path:
@@ -129,6 +173,7 @@ class SearchResult:
         unit: Its unit.
         curve: The surrogate along the dimension; ``None`` for several dimensions.
         scheme: The searched scheme as YAML, with its dimensions; empty where it is not known.
+        rescored: What came out on untouched data, where :meth:`rescore` was called.
     """
 
     baseline: Baseline
@@ -142,19 +187,24 @@ class SearchResult:
     unit: str
     curve: Curve | None
     scheme: str = ""
+    rescored: Rescored | None = None
 
     @property
     def best(self) -> Trial | None:
         """The evaluated feasible trial with the best objective; ``None`` if none is feasible."""
-        feasible = [t for t in self.trials if t.state == "feasible"]
+        feasible = [t for t in self.trials if t.state == "feasible" and t.confirms is None]
         return _best(feasible, self.direction)
 
     @property
     def nearest_miss(self) -> Trial | None:
         """The evaluated trial whose metric comes nearest to the level from below."""
         sign = 1 if self.mode == "max" else -1
-        missed = [t for t in self.trials if t.state == "infeasible" and t.metric is not None]
-        return max(missed, key=lambda t: sign * (t.metric or 0.0), default=None)
+        missed = [
+            t
+            for t in self.trials
+            if t.state in ("infeasible", "aborted") and t.evidence is not None
+        ]
+        return max(missed, key=lambda t: sign * (t.evidence or 0.0), default=None)
 
     @property
     def pareto(self) -> list[Trial]:
@@ -170,17 +220,58 @@ class SearchResult:
         ]
         return min(better) >= 0 and max(better) > 0
 
+    def rescore(
+        self,
+        model: pl.LightningModule,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        *,
+        metric: str | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        per_sample: PerSample | None = None,
+    ) -> SearchResult:
+        """Score the dense model and the best once on data that the search never saw.
+
+        The choice of the best is not touched by it: to choose again after having looked would
+        make these data part of the search.
+
+        Args:
+            model: The module that the search started from; left as it is.
+            dataloaders: As for ``Trainer.test``.
+            datamodule: Instead of loaders: its ``test_dataloader``.
+            metric: A metric that the module logs in ``test_step``, such as ``"test_acc"``. By
+                default the search's own, from ``validation_step`` on these data.
+            trainer: Keyword arguments of the Trainer, as for the search.
+            per_sample: As for the search.
+
+        Returns:
+            The result with :attr:`rescored`, which its summary and report tell of.
+
+        Raises:
+            ValueError: If no trial is feasible, or the data or metric do not fit.
+        """
+        if self.best is None:
+            raise ValueError("there is nothing to rescore: no trial is feasible")
+        found = rescore(
+            self, self.best, model, dataloaders, datamodule, metric, trainer or {}, per_sample
+        )
+        return replace(self, rescored=found)
+
     def table(self) -> Table:
         """The trials as a Rich table."""
         table = Table(
             title=f"{self.objective} with {self._requirement()}",
             title_justify="left",
+            caption=None if self.rescored is None else str(self.rescored),
+            caption_justify="left",
         )
         names = list(self.trials[0].values) if self.trials else []
         for column in ("trial", *names, self.metric, f"{self.objective} [{self.unit}]", "× dense"):
             table.add_column(column, justify="right")
+        table.add_column("P(feasible)", justify="right")
         table.add_column("state")
         table.add_column("time", justify="right")
+        table.add_column("from", justify="right")
         for trial in self.trials:
             table.add_row(
                 str(trial.number),
@@ -188,8 +279,10 @@ class SearchResult:
                 "" if trial.metric is None else f"{trial.metric:.4f}",
                 "" if trial.objective is None else f"{trial.objective:,.5g}",
                 "" if not trial.objective else f"{self.ratio(trial):.3g}",
-                f"{trial.state} {trial.message}"[:60].strip(),
+                "" if trial.probability is None else f"{trial.probability:.2f}",
+                f"{trial.standing} {trial.message}"[:60].strip(),
                 f"{trial.seconds:.0f} s",
+                "dense" if trial.parent is None else str(trial.parent),
                 style="bold green" if trial == self.best else None,
             )
         return table
@@ -214,16 +307,30 @@ class SearchResult:
                 f"Trial {best.number} is best: {show(best.values)}; "
                 f"{self.objective} {best.objective:,.5g} "
                 f"{self.unit} ({self.ratio(best):.1f} × better than dense) at {self.metric} "
-                f"{best.metric:.4f}, of {self._requirement()}{_sure(best)}."
+                f"{best.metric:.4f}, of {self._requirement()}{self._sure(best)}"
+                f"{self._confirmed(best)}.{'' if self.rescored is None else f' {self.rescored}'}"
             )
         text = f"No trial is feasible: none of {len(self.trials)} has {self._requirement()}."
         miss = self.nearest_miss
-        if miss is not None and miss.metric is not None:
+        if miss is not None:
             text += (
-                f" Nearest miss: trial {miss.number} with {self.metric} {miss.metric:.4f} at "
+                f" Nearest miss: trial {miss.number} with {self.metric} {miss.evidence:.4f} at "
                 f"{show(miss.values)}; widen the range, train longer, or raise the tolerance."
             )
         return text
+
+    def _confirmed(self, best: Trial) -> str:
+        if best.runs:
+            return f"; confirmed by another run, mean {self.metric} {best.evidence:.4f}"
+        if any(t.confirms is not None for t in self.trials):
+            return "; not confirmed: the runs for that were spent on trials that did not hold"
+        return ""
+
+    def _sure(self, trial: Trial) -> str:
+        if trial.probability is None:
+            return ""
+        noise = noise_text(trial.variance, trial.basis, self.baseline.samples)
+        return f"; feasible with probability {trial.probability:.2f}, its metric's noise {noise}"
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120)
@@ -287,12 +394,6 @@ def show(values: Mapping[str, Any]) -> str:
         f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
         for name, value in values.items()
     )
-
-
-def _sure(trial: Trial) -> str:
-    if trial.probability is None:
-        return ""
-    return f"; truly so with a probability of {trial.probability:.2f}"
 
 
 def _best(trials: Sequence[Trial], direction: Direction) -> Trial | None:

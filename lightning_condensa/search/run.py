@@ -7,19 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
+from lightning_condensa.search.abort import AbortRule
 from lightning_condensa.search.dispatch import Dispatcher
 from lightning_condensa.search.executors import InProcess
 from lightning_condensa.search.formulation import Formulation
+from lightning_condensa.search.noise import NoiseModel
 from lightning_condensa.search.overview import Overview
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.result import SearchResult, Trial, show
 from lightning_condensa.search.store import Record, Started, Store
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
-from lightning_condensa.search.views import Belief, belief, trial_of
+from lightning_condensa.search.views import Belief, belief, further_runs, observations, trial_of
+from lightning_condensa.search.warm_start import WarmStart, nearest_denser
 
 if TYPE_CHECKING:
     from lightning_condensa.search.condensa_search import CondensaSearch
+
+#: Seeds of confirmations start so far from those of trials.
+_CONFIRMATIONS = 1_000_000
 
 
 class SearchRun:
@@ -31,6 +37,7 @@ class SearchRun:
         model: The starting point.
         data: The data.
         formulation: The search as its strategy sees it.
+        noise: Tells the noise of trials.
         progress: Where progress is shown.
     """
 
@@ -41,10 +48,11 @@ class SearchRun:
         model: pl.LightningModule,
         data: Data,
         formulation: Formulation,
+        noise: NoiseModel,
         progress: SearchProgress,
     ) -> None:
         self.search, self.store, self.model, self.data = search, store, model, data
-        self.formulation, self.progress = formulation, progress
+        self.formulation, self.noise, self.progress = formulation, noise, progress
         self.distributions = search.space.distributions()
         self.overview = Overview(search.dirpath / "overview")
 
@@ -98,16 +106,31 @@ class SearchRun:
 
     def _start(self, running: int) -> Started | None:
         records = self.store.records()
-        if len(records) + running >= self.search.max_trials:
-            return None
+        searched = sum(r.confirms is None for r in records)
+        if searched + running >= self.search.max_trials:
+            return self._confirm(records, running)
         values = None
         if not self.store.waiting():
             values = self._propose(records)
             if values is None:
-                if not running:
+                confirming = self._confirm(records, running)
+                if not running and confirming is None:
                     self.progress.print("every candidate has been tried")
-                return None
+                return confirming
         return self.store.start(values, self.distributions)
+
+    def _confirm(self, records: list[Record], running: int) -> Started | None:
+        """Run the best trial that has not been run again; one at a time, as the next depends."""
+        spent = sum(r.confirms is not None for r in records)
+        if running or spent >= self.search.confirm:
+            return None
+        if self.store.waiting():  # was interrupted
+            return self.store.start(None, self.distributions)
+        best = self._result(Belief(None, {})).best
+        if best is None or best.runs:
+            return None
+        index = _CONFIRMATIONS + spent
+        return self.store.confirm(best.number, best.values, index, self.distributions)
 
     def _propose(self, records: list[Record]) -> dict[str, Any] | None:
         failed = [r.values for r in records if r.outcome.status == "failed"]
@@ -119,13 +142,14 @@ class SearchRun:
         )
 
     def _history(self, records: list[Record]) -> list[Observation]:
-        return [self.formulation.seen(r) for r in records if r.outcome.status != "failed"]
+        return [*observations(self.formulation, records).values()]
 
     def _directory(self, number: int) -> Path:
         return self.search.dirpath / "trials" / f"trial_{number:03d}"
 
     def _job(self, trial: Started, local: bool) -> TrialJob:
         search = self.search
+        start = self._warm_start(trial)
         return TrialJob(
             number=trial.number,
             module=self.model,
@@ -140,18 +164,48 @@ class SearchRun:
             seed=search.seed + trial.index,
             stamp=trial.stamp,
             watchers=(self.progress,) if local else (),
+            recorder=search.recorder(self._directory(trial.number)),
+            start=start,
+            rule=self._abort_rule(trial, start is not None),
+        )
+
+    def _warm_start(self, trial: Started) -> WarmStart | None:
+        least = self.search.warm_start
+        if not least:
+            return None
+        records = self.store.records()
+        if trial.confirms is not None:  # it starts where the one to be confirmed did
+            first = next(r for r in records if r.number == trial.confirms)
+            records = [r for r in records if r.number == first.outcome.parent]
+        return nearest_denser(self.search.space, trial.values, records, least)
+
+    def _abort_rule(self, trial: Started, warm: bool) -> AbortRule | None:
+        if not self.search.early_abort or trial.confirms is not None:
+            return None
+        told = self.formulation
+        records = self.store.records()
+        return AbortRule.learned(
+            records,
+            warm,
+            target=told.target(self._history(records)),
+            sign=told.sign,
+            tolerance=self.search.tolerance,
+            variance=told.baseline.variance,
         )
 
     def _record(self, trial: Started, outcome: TrialOutcome) -> None:
         if outcome.status == "diverged":
             known = self.formulation.objective_at(trial.values)
             outcome = TrialOutcome(**{**outcome.to_dict(), "objective": known})
+        directory = self._directory(trial.number)
+        measured = outcome.metric is not None
+        noise = self.noise.of(directory) if measured else self.formulation.baseline.noise
         self.store.finish(
             trial.number,
             outcome,
-            directory=str(self._directory(trial.number)),
-            variance=self.formulation.baseline.variance,
-            violation=self.formulation.violation(outcome.metric),
+            directory=str(directory),
+            noise=noise,
+            violation=self.formulation.violation(outcome.metric, noise.variance),
         )
 
     def _tell(self, trial: Started) -> None:
@@ -173,11 +227,15 @@ class SearchRun:
     def _result(self, held: Belief) -> SearchResult:
         search, formulation = self.search, self.formulation
         records = self.store.records()
+        runs = further_runs(records)
         return SearchResult(
             baseline=formulation.baseline,
-            trials=tuple(trial_of(r, formulation, held.probability.get(r.number)) for r in records),
+            trials=tuple(
+                trial_of(r, formulation, held.probability.get(r.number), runs.get(r.number, ()))
+                for r in records
+            ),
             level=formulation.level,
-            target=formulation.target,
+            target=formulation.target(self._history(records)),
             metric=search.metric,
             mode=search.mode,
             objective=search.objective.name,
@@ -190,6 +248,7 @@ class SearchRun:
 
 def _line(result: SearchResult, trial: Trial) -> str:
     figures = trial.message
+    origin = "" if trial.parent is None else f", from trial {trial.parent}"
     if trial.metric is not None:
         figures = (
             f"{result.metric} {trial.metric:.4f}, {result.objective} {trial.objective:,.5g} "
@@ -197,5 +256,5 @@ def _line(result: SearchResult, trial: Trial) -> str:
         )
     return (
         f"trial {trial.number}  {show(trial.values)}  {figures}  "
-        f"{trial.state}  {trial.seconds:.0f} s"
+        f"{trial.standing}  {trial.seconds:.0f} s{origin}"
     )

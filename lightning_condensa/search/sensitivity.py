@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.search.space import SearchSpace
 
-__all__ = ["Sensitivity"]
+__all__ = ["Sensitivity", "crossing"]
 
 #: Values of a range at which the metric is measured, the high end left out.
 POINTS = 6
@@ -105,7 +105,7 @@ class Sensitivity:
             losses = self.losses(name, sign)
             if space.is_range(name):
                 along = torch.cat([space.coordinate(name, value) for value in losses])
-                parts.append(_crossing(along, torch.tensor([*losses.values()]).double(), loss))
+                parts.append(crossing(along, torch.tensor([*losses.values()]).double(), loss))
             else:
                 parts.append(torch.tensor([*losses.values()], dtype=torch.float64).clamp(0, 1))
         return torch.cat(parts)
@@ -143,7 +143,7 @@ class Sensitivity:
         return cls(float(data["reference"]), metrics)
 
 
-def _crossing(along: Tensor, losses: Tensor, loss: float) -> Tensor:
+def crossing(along: Tensor, losses: Tensor, loss: float) -> Tensor:
     """Where the loss first reaches a level, between the measured places; shape ``(1,)``.
 
     A range that never loses so much is taken to lose it one step beyond its end.

@@ -135,6 +135,10 @@ class SearchSpace:
         ends = [self._values([end] * len(self.dimensions)) for end in (0.0, 1.0)]
         return ends
 
+    def diagonal(self, count: int) -> list[dict[str, Any]]:
+        """``count`` points with every dimension as far as the others, mildest first."""
+        return [self._values([i / (count - 1)] * len(self.dimensions)) for i in range(count)]
+
     def distributions(self) -> dict[str, BaseDistribution]:
         """The dimensions as Optuna describes them."""
         return {

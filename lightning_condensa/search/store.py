@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -19,11 +20,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_condensa.objectives import Direction
-from lightning_condensa.search.trial import TrialOutcome
+from lightning_condensa.search.noise import Basis, Noise
+from lightning_condensa.search.trial import MODEL_FILE, TrialOutcome
 
 _JOURNAL = "journal:///"
 _STATUS, _LOST = "status", "lost"
-_VALUES, _INDEX = "values", "index"
+_VALUES, _INDEX, _CONFIRMS = "values", "index", "confirms"
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Started:
             it, so that an interrupted search equals an undisturbed one.
         values: The scheme's dimensions.
         stamp: When it began.
+        confirms: The trial of which it is another run, or ``None``.
     """
 
     number: int
     index: int
     values: dict[str, Any]
     stamp: str
+    confirms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Record:
         outcome: What it found.
         directory: Where its files are.
         variance: Variance of its metric.
+        basis: From what that is known.
         started: When it was handed out, in seconds since 1970.
+        confirms: The trial of which it is another run, or ``None``.
     """
 
     number: int
@@ -62,7 +68,14 @@ class Record:
     outcome: TrialOutcome
     directory: str
     variance: float
+    basis: Basis
     started: float | None
+    confirms: int | None = None
+
+    @property
+    def model(self) -> Path:
+        """Its packed model."""
+        return Path(self.directory) / MODEL_FILE
 
 
 class Store:
@@ -119,7 +132,7 @@ class Store:
     def requeue(self, trial: Started) -> None:
         """Queue a begun trial's point again; the trial itself counts for nothing."""
         if not any(t.index == trial.index for t in self._waiting()):  # died in doing this?
-            self._enqueue(trial.values, trial.index)
+            self._enqueue(trial.values, trial.index, trial.confirms)
         self._set(self._id(trial.number), _STATUS, _LOST)
         with _quiet():
             self._study.tell(trial.number, state=TrialState.FAIL)
@@ -133,8 +146,11 @@ class Store:
         return [t.values for t in [*self._waiting(), *self.running()]]
 
     def count(self) -> int:
-        """Trials that ended, run or are queued; lost ones left out."""
-        return sum(t.user_attrs.get(_STATUS) != _LOST for t in self._trials())
+        """Trials that ended, run or are queued; lost ones and confirmations left out."""
+        return sum(
+            t.user_attrs.get(_STATUS) != _LOST and _CONFIRMS not in t.user_attrs
+            for t in self._trials()
+        )
 
     def start(
         self, values: Mapping[str, Any] | None, distributions: Mapping[str, BaseDistribution]
@@ -142,12 +158,36 @@ class Store:
         """Begin a trial: the given values, or the queued ones where ``None``."""
         if values is not None:
             self._enqueue(values, self.count())
+        return self._ask(distributions)
+
+    def confirm(
+        self,
+        confirms: int,
+        values: Mapping[str, Any],
+        index: int,
+        distributions: Mapping[str, BaseDistribution],
+    ) -> Started:
+        """Begin another run of a trial that ended.
+
+        Args:
+            confirms: The trial.
+            values: Its values.
+            index: From which the seed follows.
+            distributions: Of the scheme.
+        """
+        self._enqueue(values, index, confirms)
+        return self._ask(distributions)
+
+    def _ask(self, distributions: Mapping[str, BaseDistribution]) -> Started:
         number = self._study.ask(fixed_distributions=dict(distributions)).number
         return next(t for t in self.running() if t.number == number)
 
-    def _enqueue(self, values: Mapping[str, Any], index: int) -> None:
+    def _enqueue(self, values: Mapping[str, Any], index: int, confirms: int | None = None) -> None:
+        attrs = {_VALUES: dict(values), _INDEX: index}
+        if confirms is not None:
+            attrs[_CONFIRMS] = confirms
         # In one write, so that a driver that dies leaves either nothing or all.
-        self._study.enqueue_trial(dict(values), user_attrs={_VALUES: dict(values), _INDEX: index})
+        self._study.enqueue_trial(dict(values), user_attrs=attrs)
 
     def _waiting(self) -> list[Started]:
         return [_started(t) for t in self._trials(TrialState.WAITING)]
@@ -164,7 +204,7 @@ class Store:
         outcome: TrialOutcome,
         *,
         directory: str,
-        variance: float,
+        noise: Noise,
         violation: float,
     ) -> None:
         """Record how a trial ended.
@@ -173,11 +213,11 @@ class Store:
             number: The trial.
             outcome: What it found; a diverged one needs an objective too.
             directory: Where its files are.
-            variance: Variance of its metric.
+            noise: Of its metric.
             violation: How far the metric misses the level, at most 0 where it is feasible.
         """
         trial_id = self._id(number)
-        facts = {**outcome.to_dict(), "directory": directory, "variance": variance}
+        facts = {**outcome.to_dict(), "directory": directory, **noise._asdict()}
         for key, value in facts.items():
             self._set(trial_id, key, value)
         if outcome.status == "failed":
@@ -217,6 +257,7 @@ def _started(trial: FrozenTrial) -> Started:
         index=trial.user_attrs[_INDEX],
         values=dict(trial.user_attrs[_VALUES]),
         stamp="" if began is None else began.isoformat(),
+        confirms=trial.user_attrs.get(_CONFIRMS),
     )
 
 
@@ -229,7 +270,9 @@ def _record(trial: FrozenTrial) -> Record:
         outcome=TrialOutcome(**{k: attrs[k] for k in fields if k in attrs}),
         directory=attrs["directory"],
         variance=attrs["variance"],
+        basis=attrs.get("basis", "binomial"),
         started=None if trial.datetime_start is None else trial.datetime_start.timestamp(),
+        confirms=attrs.get(_CONFIRMS),
     )
 
 

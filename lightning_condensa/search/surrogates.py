@@ -34,18 +34,22 @@ from lightning_condensa.search.problem import Observation, Problem
 
 __all__ = ["BilogGP", "CliffEnsemble", "bilog"]
 
+#: Moments of |x| for a standard normal x.
+_HALF_NORMAL_MEAN, _HALF_NORMAL_SD = math.sqrt(2 / math.pi), math.sqrt(1 - 2 / math.pi)
+
 
 class CliffEnsemble(EnsembleModel):
     """Prior draws of `CliffCurves`, weighted by how well they explain the observations.
 
     Importance sampling without Markov chains: each curve's weight is its likelihood with variance
     ``observation noise + run_sd^2 + (0.15 * drop)^2``; the last term says that the curves are
-    only roughly right far down the cliff. A diverged run is a censored observation: its metric is
-    known to lie below the level. The ``members`` that remain after `thin` are the ensemble; their
-    weights are BoTorch's ``ensemble_weights``.
+    only roughly right far down the cliff. A diverged or aborted run is a censored observation: its
+    metric is known to lie below the level, or below its bound. The ``members`` that remain after
+    `thin` are the ensemble; their weights are BoTorch's ``ensemble_weights``.
 
     Args:
-        problem: A problem with ``cliff=True``.
+        problem: A problem with ``cliff=True``; with a ``scan`` half of the curves are drawn as that
+            suggests.
         history: Finished evaluations; the baseline is not among them, every curve passes
             through it.
         seed: Seed of the draws.
@@ -83,7 +87,8 @@ class CliffEnsemble(EnsembleModel):
         self.noise_variance = problem.noise_variance
         generator = torch.Generator().manual_seed(seed)
         u_max = float(problem.candidates.max().clamp_min(1e-3))
-        curves = CliffCurves.prior(draws, u_max, generator)
+        one_shot = None if problem.scan is None else float(problem.scan[0])
+        curves = CliffCurves.prior(draws, u_max, generator, one_shot)
         log_weights = self._log_likelihood(curves, history, problem.level)
         kept, self.log_weights = thin(log_weights, members, generator)
         self.curves = curves[kept]
@@ -98,7 +103,8 @@ class CliffEnsemble(EnsembleModel):
             variance = self._variance(curves, drop, seen.variance, self.likelihood_discrepancy)
             expected = self.baseline_metric - drop
             if seen.metric is None:
-                total += torch.special.log_ndtr((level - expected) / variance.sqrt())
+                below = seen.ceiling(level) - expected
+                total += torch.special.log_ndtr(below / variance.sqrt())
             else:
                 total -= 0.5 * ((seen.metric - expected) ** 2 / variance + variance.log())
         return total
@@ -157,7 +163,8 @@ class BilogGP(SingleTaskGP):
     Double precision, linear mean, Matérn-5/2 kernel, coordinates normalised to the unit cube of
     the candidates. Noise is transformed by hand, to first order and doubled for the run-to-run
     part: ``2 variance / tolerance^2 / (1 + |slack|)^2``. A diverged run enters as the worst slack
-    seen, at least three tolerances below the level, with a standard deviation of 1/2.
+    seen, at least three tolerances below the level, with a standard deviation of 1/2; an aborted
+    one as the mean and spread of a normal error, of standard deviation 1, below its bound.
 
     Members of `feasibility`: one, the exact marginal, for a single point; quasi-Monte Carlo draws
     of the joint posterior for a batch, so that points that would fail together count together.
@@ -185,14 +192,19 @@ class BilogGP(SingleTaskGP):
             [(s.metric - problem.target) / scale for s in observations if s.metric is not None],
             dtype=torch.float64,
         )
-        diverged = torch.tensor([seen.diverged for seen in observations])
+        censored = torch.tensor([seen.censored for seen in observations])
         worst = min(float(slack.min()), -3.0)
         slack = torch.full((len(points),), worst, dtype=torch.float64).masked_scatter(
-            ~diverged, slack
+            ~censored, slack
         )
         variance = torch.tensor([seen.variance for seen in observations], dtype=torch.float64)
         noise = (2 * variance / scale**2 / (1 + slack.abs()) ** 2).clamp(min=1e-6)
-        noise = torch.where(diverged, 0.25, noise)
+        noise = torch.where(censored, 0.25, noise)
+        targets = bilog(slack)
+        for i, seen in enumerate(observations):
+            if seen.bound is not None:
+                bound = bilog(slack.new_tensor((seen.bound - problem.target) / scale))
+                targets[i], noise[i] = bound - _HALF_NORMAL_MEAN, _HALF_NORMAL_SD**2
         everywhere = torch.cat([problem.candidates, problem.baseline.point[None]])
         d = points.shape[-1]
         with torch.random.fork_rng(devices=[]):  # LinearMean draws its initial weights
@@ -203,7 +215,7 @@ class BilogGP(SingleTaskGP):
         with settings.validate_input_scaling(False):  # slack has a scale of its own
             super().__init__(
                 points,
-                bilog(slack).unsqueeze(-1),
+                targets.unsqueeze(-1),
                 noise.unsqueeze(-1),
                 covar_module=ScaleKernel(kernel, outputscale_prior=GammaPrior(2.0, 0.5)),
                 mean_module=mean,

@@ -24,7 +24,10 @@ from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Objective
 from lightning_condensa.schemes import NotFiniteError, Scheme
+from lightning_condensa.search.abort import AbortRule, CurveWatch
 from lightning_condensa.search.metrics import evaluate
+from lightning_condensa.search.recorder import ScoreRecorder
+from lightning_condensa.search.warm_start import WarmStart, keep_teachers, shortened
 
 Mode = Literal["min", "max"]
 MODEL_FILE = "model.condensa"
@@ -76,6 +79,9 @@ class TrialJob:
         seed: Seed of every random generator in the trial.
         stamp: When the study began the trial; tells its record from one of another study.
         watchers: Further callbacks, not copied; only for trials in this process.
+        recorder: Collects scores of samples in the last validation; ``None`` for none.
+        start: What it goes on from instead of the module, ``None`` for the module itself.
+        rule: When to end it early.
     """
 
     number: int
@@ -91,6 +97,9 @@ class TrialJob:
     seed: int
     stamp: str = ""
     watchers: tuple[pl.Callback, ...] = ()
+    recorder: ScoreRecorder | None = None
+    start: WarmStart | None = None
+    rule: AbortRule | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,8 @@ class TrialOutcome:
     """What a trial found, as plain data.
 
     Attributes:
-        status: ``"complete"``, ``"diverged"`` (no usable metric: an infeasible observation) or
+        status: ``"complete"``, ``"diverged"`` (no usable metric: an infeasible observation),
+            ``"aborted"`` (ended early: the metric is that of the best model until then) or
             ``"failed"`` (an error: no observation).
         metric: The metric of the compressed model on the validation data.
         objective: The objective of the compressed model.
@@ -107,9 +117,12 @@ class TrialOutcome:
         steps: Optimizer steps.
         seconds: Wall-clock time.
         message: The error, where there was one.
+        parent: The trial whose model it started from; ``None`` for the uncompressed one.
+        curve: ``(progress, metric)`` of the validations in training.
+        bound: What the metric of an aborted trial would have stayed short of.
     """
 
-    status: Literal["complete", "diverged", "failed"]
+    status: Literal["complete", "diverged", "aborted", "failed"]
     metric: float | None = None
     objective: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +130,9 @@ class TrialOutcome:
     steps: int = 0
     seconds: float = 0.0
     message: str = ""
+    parent: int | None = None
+    curve: list[list[float]] = field(default_factory=list)
+    bound: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as plain data."""
@@ -154,7 +170,8 @@ def run_trial(job: TrialJob) -> TrialOutcome:
         trace = "".join(traceback.format_exception(error))
         write_atomically(job.directory / "error.txt", trace.encode())
         outcome = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
-    result = TrialOutcome(**outcome, seconds=time.perf_counter() - started)
+    parent = None if job.start is None else job.start.parent
+    result = TrialOutcome(**outcome, seconds=time.perf_counter() - started, parent=parent)
     record = {
         "number": job.number,
         "stamp": job.stamp,
@@ -178,7 +195,8 @@ def read_outcome(directory: Path, stamp: str) -> TrialOutcome | None:
     record = json.loads(path.read_text())
     if record.get("stamp") != stamp:
         return None
-    return TrialOutcome(**{f.name: record[f.name] for f in fields(TrialOutcome)})
+    known = {f.name for f in fields(TrialOutcome)} & record.keys()  # of another release, say
+    return TrialOutcome(**{name: record[name] for name in known})
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -192,15 +210,23 @@ def _train(job: TrialJob) -> dict[str, Any]:
     callback = CondensaCallback(
         job.scheme, **{"monitor": job.metric, "mode": job.mode, **job.callback}
     )
-    trainer = make_trainer(job.trainer, job.directory, (callback,))
+    arguments = job.trainer
+    if job.start is not None:
+        job.start.load(module)
+        arguments = shortened(arguments, job.start.share)
+    trainer = make_trainer(arguments, job.directory, (callback,))
+    if job.start is not None:
+        keep_teachers(trainer.callbacks, job.module)  # type: ignore[attr-defined]
     spawns = trainer.strategy.launcher is not None
-    if not spawns:  # bars live in this process
-        trainer.callbacks.extend(job.watchers)  # type: ignore[attr-defined]
+    watch = CurveWatch(job.metric, job.rule)
+    if not spawns:  # what they note, and bars, live in this process
+        trainer.callbacks.extend([watch, *job.watchers])  # type: ignore[attr-defined]
     trainer.fit(module, **job.data.fit_arguments())
     if trainer.interrupted:
         raise KeyboardInterrupt
     steps = trainer.global_step
-    metrics = evaluate(trainer, module, job.data.validate_arguments(), job.metric)
+    arguments = job.data.validate_arguments()
+    metrics = evaluate(trainer, module, arguments, job.metric, job.recorder)
     # A launcher that spawns brings the weights back, but not what the callback holds; projecting
     # the compressed weights again gives the same θ.
     compressed = CompressedModel.compress(module, job.scheme) if spawns else callback.compressed
@@ -208,9 +234,12 @@ def _train(job: TrialJob) -> dict[str, Any]:
     compressed.save(job.directory / MODEL_FILE)
     metric = metrics[job.metric]
     finite = math.isfinite(metric)
+    ended = "complete" if watch.bound is None else "aborted"
     return {
-        "status": "complete" if finite else "diverged",
-        "message": "" if finite else f"{job.metric} is {metric}",
+        "status": ended if finite else "diverged",
+        "message": watch.message if finite else f"{job.metric} is {metric}",
+        "curve": watch.curve,
+        "bound": watch.bound if finite else None,
         "metric": metric if finite else None,
         "objective": float(details["value"]),
         "details": details,

@@ -8,28 +8,56 @@ from pathlib import Path
 
 from lightning_condensa.search.feasibility import FeasibilityModel
 from lightning_condensa.search.formulation import Formulation
+from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.result import Curve, State, Trial
 from lightning_condensa.search.store import Record
 from lightning_condensa.search.strategies import KnownObjectiveStrategy
 
 
-def trial_of(record: Record, formulation: Formulation, probability: float | None) -> Trial:
-    """A trial, judged by the level that the search has now."""
-    outcome = record.outcome
+def further_runs(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """Trial → the runs that confirm it or not; failed ones say nothing."""
+    runs: dict[int, list[Record]] = {}
+    for record in records:
+        if record.confirms is not None and record.outcome.status != "failed":
+            runs.setdefault(record.confirms, []).append(record)
+    return runs
+
+
+def observations(formulation: Formulation, records: Sequence[Record]) -> dict[int, Observation]:
+    """What each trial that did not fail has shown, by all runs of it."""
+    runs = further_runs(records)
+    return {
+        r.number: formulation.seen(r, runs.get(r.number, ()))
+        for r in records
+        if r.outcome.status != "failed" and r.confirms is None
+    }
+
+
+def trial_of(
+    record: Record, formulation: Formulation, probability: float | None, runs: Sequence[Record]
+) -> Trial:
+    """A trial, judged by the level that the search has now, and by all runs of it."""
+    outcome, noise = record.outcome, formulation.noise_of(record)
     state: State
-    if outcome.status == "complete" and outcome.metric is not None:
-        state = "feasible" if formulation.violation(outcome.metric) <= 0 else "infeasible"
+    seen = formulation.seen(record, runs)
+    if outcome.status in ("failed", "diverged"):
+        state = outcome.status
+    elif seen.feasible(formulation.problem.level, formulation.problem.z):
+        state = "feasible"  # also of an aborted one, by another tolerance
     else:
-        state = "failed" if outcome.status == "failed" else "diverged"
+        state = "aborted" if outcome.status == "aborted" else "infeasible"
     own = {k: v for k, v in outcome.to_dict().items() if k != "status"}
     return Trial(
         number=record.number,
         values=record.values,
         state=state,
-        variance=record.variance,
+        variance=noise.variance,
+        basis=noise.basis,
         directory=Path(record.directory),
         started=record.started,
         probability=probability,
+        confirms=record.confirms,
+        runs=tuple(r.outcome.metric for r in runs),
         **own,
     )
 
@@ -50,7 +78,7 @@ class Belief:
 
 def belief(formulation: Formulation, records: Sequence[Record], seed: int) -> Belief:
     """Fit the surrogate to the trials that ended."""
-    history = {r.number: formulation.seen(r) for r in records if r.outcome.status != "failed"}
+    history = observations(formulation, records)
     problem = formulation.problem
     surrogate = KnownObjectiveStrategy().surrogate(problem, list(history.values()), seed)
     probability = {n: surrogate.certainty(seen, problem.level) for n, seen in history.items()}

@@ -110,4 +110,5 @@ def test_a_result_says_how_sure_it_is(tmp_path: Path) -> None:
     assert all(0 <= t.probability <= 1 for t in result.trials)
     best = result.best
     assert best is not None
-    assert f"truly so with a probability of {best.probability:.2f}" in result.summary()
+    text = result.summary()
+    assert f"feasible with probability {best.probability:.2f}, its metric's noise sd" in text

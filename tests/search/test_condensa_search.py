@@ -118,7 +118,7 @@ def test_diverged_trials_are_infeasible_observations(tmp_path: Path) -> None:
 
 
 def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
-    result = search(tmp_path, max_trials=6).fit(toy(trap="raise"), **loaders())
+    result = search(tmp_path, max_trials=6, scan=False).fit(toy(trap="raise"), **loaders())
     failed = [t for t in result.trials if t.state == "failed"]
     assert failed and all("the toy was told to break" in t.message for t in failed)
     assert len({t.values["density"] for t in result.trials}) == 6

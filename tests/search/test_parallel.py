@@ -113,7 +113,8 @@ def test_a_lack_of_memory_is_tried_again_once(tmp_path: Path, times: int, state:
     journal = tmp_path / "left"
     journal.write_text(str(times))
     torch.manual_seed(0)
-    result = search(tmp_path, max_trials=2).fit(Hungry(journal=journal), **loaders())
+    hungry = Hungry(journal=journal)
+    result = search(tmp_path, max_trials=2, scan=False).fit(hungry, **loaders())
     assert result.trials[0].state == state
     assert result.trials[1].state != "failed"
     assert len(study(tmp_path).trials) == 2

@@ -66,7 +66,8 @@ def test_the_sampler_proposes_what_the_search_does(tmp_path: Path) -> None:
     ours = sampler()
     study = optuna.create_study(sampler=ours)
     study.optimize(task(ours), n_trials=6)
-    task_of_ours = search(tmp_path, max_trials=6, objective=Parameters())
+    alike: dict[str, Any] = {"scan": False, "warm_start": 0}  # a sampler has no data, nor models
+    task_of_ours = search(tmp_path, max_trials=6, objective=Parameters(), **alike)
     result = task_of_ours.fit(toy(), **loaders())
     assert [t.params for t in study.trials] == [t.values for t in result.trials]
     assert study.best_trial.params == result.best.values

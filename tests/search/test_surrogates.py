@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,3 +175,38 @@ def test_gp_says_when_it_cannot_be_fitted(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.warns(RuntimeWarning, match="prior hyper-parameters are used"):
         model = BilogGP(make_problem(cliff=False), [seen(2.0, 0.93)], seed=0)
     assert model.predict(torch.tensor([[2.0]]).double())[0].isfinite().all()
+
+
+def test_a_scan_moves_half_of_the_cliffs_and_no_more() -> None:
+    plain, told = (
+        CliffCurves.prior(20_000, 6.0, torch.Generator().manual_seed(0), one_shot)
+        for one_shot in (None, 0.5)
+    )
+    near = [float(((c.location > 0.7) & (c.location < 3)).double().mean()) for c in (plain, told)]
+    assert near[1] > near[0] + 0.15
+    moved = (plain.location != told.location).double().mean()
+    assert moved.item() == pytest.approx(0.5, abs=0.02)
+
+
+@settings(max_examples=25, deadline=None)
+@given(one_shot=st.floats(0.0, 20.0), u_max=st.floats(0.05, 8.0))
+def test_whatever_a_scan_says_cliffs_stay_where_they_can_be(one_shot: float, u_max: float) -> None:
+    curves = CliffCurves.prior(500, u_max, torch.Generator().manual_seed(1), one_shot)
+    assert (curves.location > 0).all() and (curves.location <= 1.06 * u_max).all()
+
+
+def test_a_scan_helps_where_it_is_right_and_is_outvoted_where_it_is_not() -> None:
+    problem = make_problem()
+    probe = torch.tensor([[2.0]]).double()
+
+    def chance(scan: float | None, history: list[Observation]) -> float:
+        told = None if scan is None else torch.tensor([scan], dtype=torch.float64)
+        model = CliffEnsemble(replace(problem, scan=told), history, seed=0)
+        return model.feasibility(probe).probability.item()
+
+    assert chance(0.15, []) < chance(None, []) < chance(1.6, [])
+    # Trials say that the cliff is far beyond what a scan of 0.15 would have it be.
+    history = [seen(1.0, 0.95), seen(3.0, 0.949)]
+    assert chance(0.15, history) > 0.95
+    history = [seen(1.5, 0.85), seen(1.0, 0.945)]
+    assert abs(chance(4.0, history) - chance(None, history)) < 0.05
