@@ -16,8 +16,8 @@ from common import read_results
 from render_deploy import deploy, end_to_end, sparse_execution
 from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
-from render_schemes import char_lstm, lenet300, packed, quantizers, structured
-from render_search import search_nd
+from render_schemes import char_lstm, lenet300, mutations, packed, quantizers, structured
+from render_search import search_1d, search_1d_risk, search_nd
 from tables import source, spread, table
 
 ROOT = Path(__file__).parents[1]
@@ -45,25 +45,6 @@ def demo() -> str:
     rows.append(["mean ± sd", "", f"−{spread(loss, 2)} points", "", "", f"{spread(ratio)} ×", ""])
     header = ["", "test, dense", "test, compressed", "bytes, dense", "bytes", "smaller", "time"]
     return table(header, rows) + source(results)
-
-
-def search_1d() -> str:
-    """Regret of every method on the synthetic cliffs."""
-    results = read_results("search_1d")
-    rows = []
-    for method in results["objectives"]["memory"]:
-        row = [f"**{method}**" if method == "condensa" else method]
-        for objective in ("memory", "throughput"):
-            found = results["objectives"][objective][method]
-            for after in ("after_5", "after_10"):
-                cell = found[after]
-                row.append(f"{cell['regret_mean']:.3f} ± {cell['regret_sd']:.3f}")
-            row.append(f"{found['after_10']['infeasible_share']:.0%}")
-        rows.append(row)
-    header = ["method"]
-    for objective in ("memory", "throughput"):
-        header += [f"{objective} @5", "@10", "infeasible"]
-    return table(header, rows) + f"\n{len(results['seeds'])} problems each." + source(results)
 
 
 def paper() -> str | None:
@@ -97,9 +78,11 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "lenet300": lenet300,
     "char-lstm": char_lstm,
     "projections": projections,
+    "mutations": mutations,
     "packed": packed,
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
+    "search-1d-risk": search_1d_risk,
     "search-nd": search_nd,
     "sparse-execution": sparse_execution,
     "deploy": deploy,

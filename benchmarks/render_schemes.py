@@ -152,3 +152,15 @@ def packed() -> str | None:
     )
     header = ["file over bound, density", *(f"{d:.1%}" for d in densities)]
     return table(header, rows) + note + source(results)
+
+
+def mutations() -> str | None:
+    """What each line of a projection that was broken on purpose was noticed by."""
+    results = read_results("mutations")
+    if not results:
+        return None
+    rows = [
+        [m["mutation"], f"`{m['file']}`", f"`{m['noticed_by']}`" if m["noticed_by"] else "nothing"]
+        for m in results["mutations"]
+    ]
+    return table(["broken", "in", "noticed by"], rows).replace("---:", "---") + source(results)

@@ -1,4 +1,4 @@
-"""Tables of searches in several dimensions."""
+"""Tables of searches on synthetic networks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,78 @@ ORDER = (
     "SCBO",
     "qLogEI, constrained",
 )
+
+
+#: Share of infeasible winners after ten trials that is taken for equal risk.
+RISK = 0.05
+OBJECTIVES = ("memory", "throughput")
+
+
+def search_1d() -> str | None:
+    """Regret of every method along one density, with the margins of the default."""
+    results = read_results("search_1d")
+    if not results:
+        return None
+    rows = results["rows"]
+    cells = []
+    for method, z in dict.fromkeys((r["method"], r["z"]) for r in rows):
+        if z and method != "condensa":
+            continue
+        cell = [f"**{method}**" if method == "condensa" else method, f"{z:g}"]
+        for objective in OBJECTIVES:
+            row = _row(rows, objective, method, z)
+            cell += [_mean(row, f"after_{budget}") for budget in (3, 5, 10)]
+            cell.append(NONE if row is None else f"{row['after_10']['infeasible_share']:.0%}")
+        cells.append(cell)
+    header = ["method", "z"]
+    for objective in OBJECTIVES:
+        header += [f"{objective} @3", "@5", "@10", "infeasible"]
+    return table(header, cells) + _problems(rows) + source(results)
+
+
+def search_1d_risk() -> str | None:
+    """The same where each method has the least margin that keeps its winners feasible."""
+    results = read_results("search_1d")
+    if not results:
+        return None
+    rows = results["rows"]
+    cells = []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        cell = [f"**{method}**" if method == "condensa" else method]
+        for objective in OBJECTIVES:
+            safe = [
+                r
+                for r in rows
+                if (r["method"], r["objective"]) == (method, objective)
+                and r["after_10"]["infeasible_share"] <= RISK
+            ]
+            row = min(safe, key=lambda r: r["z"], default=None)
+            cell.append(NONE if row is None else f"{row['z']:g}")
+            cell += [_mean(row, key) for key in ("after_5", "after_10")]
+            unseen = None if row is None else row["after_10"]["unseen_family"]
+            cell.append(NONE if unseen is None else f"{unseen['regret_mean']:.3f}")
+        cells.append(cell)
+    header = ["method"]
+    for objective in OBJECTIVES:
+        header += [f"{objective}: z", "@5", "@10", "@10, unseen family"]
+    return table(header, cells) + _problems(rows) + source(results)
+
+
+def _row(
+    rows: list[dict[str, Any]], objective: str, method: str, z: float
+) -> dict[str, Any] | None:
+    wanted = (objective, method, z)
+    return next((r for r in rows if (r["objective"], r["method"], r["z"]) == wanted), None)
+
+
+def _mean(row: dict[str, Any] | None, key: str) -> str:
+    return NONE if row is None else f"{row[key]['regret_mean']:.3f} ± {row[key]['regret_sd']:.3f}"
+
+
+def _problems(rows: list[dict[str, Any]]) -> str:
+    return (
+        f"\n{' or '.join(str(n) for n in sorted({r['problems'] for r in rows}))} problems each.\n"
+    )
 
 
 def search_nd() -> str | None:

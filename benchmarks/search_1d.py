@@ -1,9 +1,15 @@
 """Search along one density: regret of each strategy on synthetic accuracy cliffs.
 
-Run ``python benchmarks/search_1d.py --seeds 30``. Every method sees the same problems and the
-same noise. Regret is ``ln(f*/f)`` of the winner, the evaluated point of greatest utility that was
-seen to be feasible (the dense model while there is none); ``f*`` is the best truly feasible
-candidate, so that luck with noise can make it negative.
+    python benchmarks/search_1d.py
+    python benchmarks/search_1d.py --methods condensa bisection --margins 0 --problems 20
+
+Every method sees the same problems and the same noise; every fifth problem is of a family that the
+surrogate was not made for. Regret is ``ln(f*/f)`` of the winner, the evaluated point of greatest
+utility that was seen to be feasible (the dense model while there is none); ``f*`` is the best truly
+feasible candidate, so that luck with noise can make it negative. With a margin of z standard
+deviations a point counts as feasible only so far above the level, in the search and in the choice
+of the winner: every method is run with every margin, so that they can be compared at equal risk.
+Each method with each margin is written when it is done, and not run again.
 """
 
 from __future__ import annotations
@@ -14,28 +20,34 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import optuna
 import torch
-from common import write_results
+from common import RESULTS, environment, read_results, update_results
 
 from lightning_condensa.search.problem import Observation, Problem, best_feasible
 from lightning_condensa.search.strategies import Strategy, make_strategy
-from lightning_condensa.search.synthetic import SyntheticCliff
+from lightning_condensa.search.synthetic import Family, SyntheticCliff
 
-BUDGETS = (5, 10)
-Run = Callable[[SyntheticCliff, int], "tuple[Problem, list[int]]"]
+NAME = "search_1d"
+BUDGETS = (3, 5, 10)
+MARGINS = (0.0, 1.0, 1.64)
+OBJECTIVES: tuple[Literal["memory", "throughput"], ...] = ("memory", "throughput")
+#: The last is the one that the surrogate was not made for.
+FAMILIES: tuple[Family, ...] = get_args(Family)
+Run = Callable[[SyntheticCliff, int, float], "tuple[Problem, list[int]]"]
 
 
-def with_strategy(strategy: Strategy, z: float = 0.0, cliff: bool = True) -> Run:
+def with_strategy(strategy: Strategy, cliff: bool = True) -> Run:
     """Evaluate the proposals of one of our strategies, one by one.
 
     Without ``cliff`` the default strategy is not told that the metric is an accuracy, and models
     it by its Gaussian process.
     """
 
-    def run(case: SyntheticCliff, seed: int) -> tuple[Problem, list[int]]:
+    def run(case: SyntheticCliff, seed: int, z: float) -> tuple[Problem, list[int]]:
         problem = replace(case.problem(z), cliff=cliff)
         history: list[Observation] = []
         chosen: list[int] = []
@@ -51,8 +63,8 @@ def with_strategy(strategy: Strategy, z: float = 0.0, cliff: bool = True) -> Run
 def with_optuna(make_sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Run:
     """Let Optuna suggest a density on a log scale, with the accuracy as a constraint."""
 
-    def run(case: SyntheticCliff, seed: int) -> tuple[Problem, list[int]]:
-        problem, chosen = case.problem(), []
+    def run(case: SyntheticCliff, seed: int, z: float) -> tuple[Problem, list[int]]:
+        problem, chosen = case.problem(z), []
         study = optuna.create_study(direction="maximize", sampler=make_sampler(seed))
         density = torch.exp(-case.candidates)
         low, high = float(density.min()), float(density.max())
@@ -62,7 +74,7 @@ def with_optuna(make_sampler: Callable[[int], optuna.samplers.BaseSampler]) -> R
             index = int(problem.nearest(u))
             seen = case.observe(index)
             assert seen.metric is not None and seen.utility is not None
-            trial.set_constraint("metric", problem.level - seen.metric)
+            trial.set_constraint("metric", problem.target - seen.metric)
             study.tell(trial, seen.utility)
             chosen.append(index)
         return problem, chosen
@@ -72,8 +84,6 @@ def with_optuna(make_sampler: Callable[[int], optuna.samplers.BaseSampler]) -> R
 
 METHODS: dict[str, Run] = {
     "condensa": with_strategy(make_strategy("condensa")),
-    "condensa z=1": with_strategy(make_strategy("condensa"), z=1.0),
-    "condensa z=1.64": with_strategy(make_strategy("condensa"), z=1.64),
     "condensa, bi-log GP": with_strategy(make_strategy("condensa"), cliff=False),
     "paper": with_strategy(make_strategy("paper")),
     "bisection": with_strategy(make_strategy("bisection")),
@@ -84,6 +94,9 @@ METHODS: dict[str, Run] = {
         lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=3)
     ),
     "optuna TPE": with_optuna(lambda seed: optuna.samplers.TPESampler(seed=seed)),
+    "optuna TPE, 3 start-up": with_optuna(
+        lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=3)
+    ),
 }
 
 
@@ -112,50 +125,68 @@ def summarize(scores: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def compare(
-    objective: Literal["memory", "throughput"], seeds: int, methods: Sequence[str]
+    objective: Literal["memory", "throughput"], name: str, z: float, problems: int
 ) -> dict[str, Any]:
-    """Run all methods on all problems of one objective."""
-    table: dict[str, Any] = {}
-    for name in methods:
-        started = time.perf_counter()
-        scores: dict[int, list[tuple[float, float]]] = {budget: [] for budget in BUDGETS}
-        for seed in range(seeds):
-            case = SyntheticCliff.draw(seed, objective)
-            problem, chosen = METHODS[name](case, seed)
-            for budget in BUDGETS:
-                scores[budget].append(score(case, problem, chosen[:budget]))
-        seconds = (time.perf_counter() - started) / (seeds * max(BUDGETS))
-        table[name] = {f"after_{budget}": summarize(scores[budget]) for budget in BUDGETS}
-        table[name]["seconds_per_trial"] = seconds
-        five, ten = (table[name][f"after_{budget}"] for budget in BUDGETS)
-        print(
-            f"{objective:10} {name:22} "
-            f"@5 {five['regret_mean']:6.3f} ± {five['regret_sd']:.3f}  "
-            f"@10 {ten['regret_mean']:6.3f} ± {ten['regret_sd']:.3f}  "
-            f"infeasible {ten['infeasible_share']:4.0%} by {ten['violation_points']:.2f} points  "
-            f"{seconds:.3f} s per trial",
-            flush=True,
-        )
-    return table
+    """Run one method with one margin on all problems of one objective."""
+    started = time.process_time()
+    scores: dict[int, list[tuple[float, float]]] = {budget: [] for budget in BUDGETS}
+    for seed in range(problems):
+        case = SyntheticCliff.draw(seed, objective, FAMILIES[seed % len(FAMILIES)])
+        problem, chosen = METHODS[name](case, seed, z)
+        for budget in BUDGETS:
+            scores[budget].append(score(case, problem, chosen[:budget]))
+    seconds = (time.process_time() - started) / (problems * max(BUDGETS))
+    row: dict[str, Any] = {"objective": objective, "method": name, "z": z, "problems": problems}
+    for budget in BUDGETS:
+        row[f"after_{budget}"] = summarize(scores[budget])
+        unseen = scores[budget][len(FAMILIES) - 1 :: len(FAMILIES)]
+        row[f"after_{budget}"]["unseen_family"] = summarize(unseen) if unseen else None
+    return {**row, "cpu_seconds_per_trial": seconds}
+
+
+def show(row: dict[str, Any]) -> str:
+    """A row in a line."""
+    figures = "  ".join(
+        f"@{budget} {row[f'after_{budget}']['regret_mean']:6.3f}"
+        f" ({row[f'after_{budget}']['infeasible_share']:4.0%})"
+        for budget in BUDGETS
+    )
+    return (
+        f"{row['objective']:10} {row['method']:22} z={row['z']:<4} {figures}  "
+        f"{row['cpu_seconds_per_trial']:.3f} s"
+    )
 
 
 def main() -> None:
-    """Compare and write ``benchmarks/results/search_1d.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=30, help="problems per objective")
+    """Compare what was asked for and is not there."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--problems", type=int, default=100, help="for each objective")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    arguments = parser.parse_args()
+    parser.add_argument("--margins", nargs="+", type=float, default=list(MARGINS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    payload: dict[str, Any] = {
-        "seeds": list(range(arguments.seeds)),
-        "objectives": {
-            objective: compare(objective, arguments.seeds, arguments.methods)
-            for objective in ("memory", "throughput")
-        },
-    }
-    print(write_results("search_1d", payload))
+    for z in options.margins:
+        for objective in OBJECTIVES:
+            for name in options.methods:
+                key = (objective, name, z, options.problems)
+                rows = read_results(NAME, options.out).get("rows", [])
+                if key in map(_key, rows):
+                    continue
+                row = compare(objective, name, z, options.problems)
+
+                def add(results: dict[str, Any], row: dict[str, Any] = row) -> None:
+                    kept = [r for r in results.get("rows", []) if _key(r)[:3] != _key(row)[:3]]
+                    results.update({"environment": environment(), "rows": [*kept, row]})
+
+                update_results(NAME, add, options.out)
+                print(show(row), flush=True)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, float, int]:
+    return row["objective"], row["method"], row["z"], row["problems"]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from lightning_condensa.search.problem import Observation, Problem
 
 __all__ = ["Family", "SyntheticCliff"]
 
-Family = Literal["power", "logistic", "odds", "two_slope"]
+Family = Literal["power", "logistic", "odds", "two_slope", "staircase"]
 """Shapes of the cliff: a power law and a logistic in ``u``, a power of the odds ``s / (1 - s)``,
-and two straight lines in ``u``."""
+two straight lines in ``u``, and steps, as if one layer after the other were lost."""
+
+#: The surrogate was built with these in view; steps are what it has not seen.
+_KNOWN: tuple[Family, ...] = ("power", "logistic", "odds", "two_slope")
 
 _SPARSITIES = {
     "memory": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995),
@@ -62,9 +65,12 @@ class SyntheticCliff:
 
     @classmethod
     def draw(
-        cls, seed: int, objective: Literal["memory", "throughput"] = "memory"
+        cls,
+        seed: int,
+        objective: Literal["memory", "throughput"] = "memory",
+        family: Family | None = None,
     ) -> SyntheticCliff:
-        """Draw a problem; the family follows from ``seed`` modulo the number of families.
+        """Draw a problem; without a family, one of the first four that follows from the seed.
 
         The cliff lies at a sparsity of 0.3 to 0.995 for ``"memory"`` (bytes of the kept weights
         and a fixed overhead) and 0.3 to 0.95 for ``"throughput"`` (time in steps of 16 of 256
@@ -75,7 +81,6 @@ class SyntheticCliff:
         def uniform(low: float, high: float) -> float:
             return low + (high - low) * float(torch.rand(1, generator=generator))
 
-        families = get_args(Family)
         sparsities = _SPARSITIES[objective]
         sparsity = sparsities[int(torch.randint(len(sparsities), (1,), generator=generator))]
         if objective == "memory":
@@ -93,7 +98,7 @@ class SyntheticCliff:
         location = -math.log1p(-sparsity)
         z = u / location
         depth = (baseline - 0.1) * uniform(0.8, 1.0)
-        match families[seed % len(families)]:
+        match family or _KNOWN[seed % len(_KNOWN)]:
             case "power":
                 drop = -depth * torch.expm1(-0.05 / depth * z ** uniform(1.5, 15))
             case "logistic":
@@ -104,6 +109,11 @@ class SyntheticCliff:
                 odds = torch.expm1(u) / math.expm1(location)
                 steps = 0.05 * odds ** uniform(1.0, 5.0)
                 drop = depth * steps / (1 + steps)
+            case "staircase":
+                edges = torch.tensor([uniform(0.2, 0.9), *(1 + uniform(0, 0.3) for _ in range(4))])
+                heights = torch.tensor([uniform(0, 0.004), *(uniform(0.01, 1) for _ in range(4))])
+                heights[1:] *= depth / heights[1:].sum()
+                drop = (heights * (z[:, None] >= edges)).sum(-1).to(u)
             case _:
                 slope, steep = uniform(0, 0.005), uniform(0.2, 3.0)
                 drop = (slope * z + steep * (z - 1).clamp(min=0)).clamp(max=depth)
