@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 # Small tensors: more threads would only wait for each other, and for those of other workers.
 torch.set_num_threads(1)
+
+# Drawing examples takes long on a busy machine, which says nothing about the package.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 FEATURES, CLASSES = 8, 3
 BATCH, BATCHES = 16, 6

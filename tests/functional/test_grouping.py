@@ -31,8 +31,11 @@ def test_slices_of_a_transposed_convolution_are_its_output_channels(
     layer = conv(4, 6, 3, groups=groups, bias=False)
     grouping = Slices(transposed=True, groups=groups)
     x = torch.rand(1, 4, *[5] * (layer.weight.dim() - 2))
-    assert grouping.split(layer.weight)[0].shape[0] == 6
+    rows, _ = grouping.split(layer.weight)
+    assert rows.shape[0] == 6
     for channel in range(6):
+        own = grouping.expand(torch.arange(6) == channel, layer.weight.shape)
+        assert sorted(rows[channel].tolist()) == sorted(layer.weight[own].tolist())
         kept = nn.Parameter(
             layer.weight * grouping.expand(torch.arange(6) != channel, layer.weight.shape)
         )
