@@ -9,6 +9,8 @@ utility that was seen to be feasible (the dense model while there is none); ``f*
 feasible candidate, so that luck with noise can make it negative. With a margin of z standard
 deviations a point counts as feasible only so far above the level, in the search and in the choice
 of the winner: every method is run with every margin, so that they can be compared at equal risk.
+The default strategy takes a margin for a confidence: a point is feasible where all points together
+say so with that probability.
 Each method with each margin is written when it is done, and not run again.
 """
 
@@ -27,8 +29,13 @@ import optuna
 import torch
 from common import RESULTS, environment, read_results, update_results
 
-from lightning_condensa.search.problem import Observation, Problem, best_feasible
-from lightning_condensa.search.strategies import Strategy, make_strategy
+from lightning_condensa.search.feasibility import feasible_ones
+from lightning_condensa.search.problem import Observation, Problem
+from lightning_condensa.search.strategies import (
+    KnownObjectiveStrategy,
+    Strategy,
+    make_strategy,
+)
 from lightning_condensa.search.synthetic import Family, SyntheticCliff
 
 NAME = "search_1d"
@@ -38,6 +45,8 @@ OBJECTIVES: tuple[Literal["memory", "throughput"], ...] = ("memory", "throughput
 #: The last is the one that the surrogate was not made for.
 FAMILIES: tuple[Family, ...] = get_args(Family)
 Run = Callable[[SyntheticCliff, int, float], "tuple[Problem, list[int]]"]
+#: Which of some observations count as feasible.
+Judge = Callable[[Problem, Sequence[Observation], int], list[bool]]
 
 
 def with_strategy(strategy: Strategy, cliff: bool = True) -> Run:
@@ -82,6 +91,17 @@ def with_optuna(make_sampler: Callable[[int], optuna.samplers.BaseSampler]) -> R
     return run
 
 
+def by_margin(problem: Problem, history: Sequence[Observation], seed: int) -> list[bool]:
+    """Each by its own measurement."""
+    return [seen.feasible(problem.level, problem.z) for seen in history]
+
+
+def together(problem: Problem, history: Sequence[Observation], seed: int) -> list[bool]:
+    """By what the default's surrogate says after all of them."""
+    model = KnownObjectiveStrategy().surrogate(problem, history, seed)
+    return feasible_ones(problem, history, model)
+
+
 METHODS: dict[str, Run] = {
     "condensa": with_strategy(make_strategy("condensa")),
     "condensa, bi-log GP": with_strategy(make_strategy("condensa"), cliff=False),
@@ -100,13 +120,18 @@ METHODS: dict[str, Run] = {
 }
 
 
-def score(case: SyntheticCliff, problem: Problem, chosen: Sequence[int]) -> tuple[float, float]:
+JUDGES: dict[str, Judge] = {"condensa": together}
+
+
+def score(
+    case: SyntheticCliff, problem: Problem, chosen: Sequence[int], judge: Judge, seed: int
+) -> tuple[float, float]:
     """Regret of the winner among ``chosen``, and by how much it truly misses the level."""
-    history: list[Observation] = [case.observe(index) for index in chosen]
-    best = best_feasible(history, problem.level, problem.z)
-    if best is None:
+    good = judge(problem, [case.observe(index) for index in chosen], seed)
+    feasible = [index for index, kept in zip(chosen, good, strict=True) if kept]
+    if not feasible:
         return case.optimum, 0.0
-    winner = chosen[best]
+    winner = max(feasible, key=lambda index: float(case.utility[index]))
     missed = max(0.0, problem.level - float(case.accuracy[winner]))
     return case.optimum - float(case.utility[winner]), missed
 
@@ -134,7 +159,8 @@ def compare(
         case = SyntheticCliff.draw(seed, objective, FAMILIES[seed % len(FAMILIES)])
         problem, chosen = METHODS[name](case, seed, z)
         for budget in BUDGETS:
-            scores[budget].append(score(case, problem, chosen[:budget]))
+            found = score(case, problem, chosen[:budget], JUDGES.get(name, by_margin), seed)
+            scores[budget].append(found)
     seconds = (time.process_time() - started) / (problems * max(BUDGETS))
     row: dict[str, Any] = {"objective": objective, "method": name, "z": z, "problems": problems}
     for budget in BUDGETS:

@@ -130,7 +130,7 @@ def draw_levels(axes: Axes, result: SearchResult) -> None:
     axes.axhline(result.baseline.metric, color="tab:gray", linestyle=":", label="dense")
     axes.axhline(result.level, color="tab:red", linestyle="--", label="tolerance")
     if result.target != result.level:
-        axes.axhline(result.target, color="tab:orange", linestyle="-.", label="with confidence")
+        axes.axhline(result.target, color="tab:orange", linestyle="-.", label="shows by itself")
 
 
 def legend(axes: Axes, trials: Iterable[Trial], *, above: bool = False) -> None:

@@ -72,8 +72,9 @@ class CondensaSearch:
             ``"random"`` or ``"grid"``.
         parallel: Trials at the same time; as many as the executor has workers where ``None``.
         direction: Direction of a callable objective.
-        confidence: Probability with which the winner shall be feasible; the margin is kept in the
-            search and in the selection. ``None`` asks for the measured metric only.
+        confidence: Probability with which a trial must truly keep the level to count as feasible,
+            by what all trials say of it (:attr:`Trial.probability`). ``None`` asks for the measured
+            metric only.
         metric_std: Standard deviation of one measurement of the metric's distance to the
             uncompressed model's. Where ``None``, it comes from comparing both models sample by
             sample, or else from the number of validation samples.
@@ -194,7 +195,7 @@ class CondensaSearch:
         self.storage = storage or f"sqlite:///{self.dirpath / 'study.db'}"
         self.study_name = study_name
         self.progress = progress
-        self.z = margin_of(confidence)
+        self.confidence, self.z = confidence, margin_of(confidence)
 
     def fit(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_condensa.search.certification import probability_of_level
 from lightning_condensa.search.cliff import RUN_SD
 from lightning_condensa.search.damage import DamageCurves, DamagePrior, features
-from lightning_condensa.search.feasibility import Feasibility
+from lightning_condensa.search.feasibility import Feasibility, aim
 from lightning_condensa.search.problem import Observation, Problem
 
 __all__ = ["DamageEnsemble", "DamageMixture"]
@@ -64,7 +64,7 @@ class DamageEnsemble:
         if problem.domain is None:
             raise ValueError("problem must have a domain for an ensemble of damages")
         generator = torch.Generator().manual_seed(seed)
-        self.baseline_metric, self.target = problem.baseline_metric, problem.target
+        self.baseline_metric, self.target = problem.baseline_metric, aim(problem)
         self.noise_variance = problem.noise_variance
         prior = DamagePrior.of(problem.domain.axes, max(problem.tolerance, 0.0), scan)
         data = _Data(problem, history)

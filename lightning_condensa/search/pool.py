@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_condensa.search.domain import Domain
-from lightning_condensa.search.problem import Observation
 
 __all__ = ["around", "between", "frontier", "neighbours", "trust_region"]
 
@@ -97,9 +96,7 @@ def around(
     return torch.minimum(moved.clamp(min=0), domain.sizes - 1)
 
 
-def trust_region(
-    history: Sequence[Observation], value: Callable[[Observation], float], dimensions: int
-) -> float:
+def trust_region(values: Iterable[float], dimensions: int) -> float:
     """Side of the trust region after a history: longer on a streak of successes, else shorter.
 
     As in TuRBO and SCBO (Eriksson and Poloczek, 2021), replayed from the start so that nothing
@@ -107,14 +104,14 @@ def trust_region(
     after as many failures as there are dimensions (at least four); below 1/128 it starts anew.
 
     Args:
-        history: Finished evaluations in order.
-        value: What is to grow, such as the utility of a feasible point and ``-inf`` of others.
+        values: Of finished evaluations in order: what is to grow, such as the utility of a feasible
+            point and ``-inf`` of others.
         dimensions: Number of dimensions.
     """
     length, best, successes, failures = 0.8, float("-inf"), 0, 0
-    for seen in history:
-        better = value(seen) > best
-        best = max(best, value(seen))
+    for value in values:
+        better = value > best
+        best = max(best, value)
         successes, failures = (successes + 1, 0) if better else (0, failures + 1)
         if successes == 3:
             length, successes = min(2 * length, 1.6), 0

@@ -157,8 +157,8 @@ def _settings(result: SearchResult) -> Mapping[str, str]:
         settings["best feasible"] = f"with probability {result.best.probability:.2f}"
     if result.rescored is not None:
         settings["on untouched data"] = str(result.rescored)
-    if result.target != result.level:
-        settings["with confidence"] = f"a trial has to show {result.target:.5g}"
+    if result.confidence is not None:
+        settings["confidence"] = f"feasible with a probability of {result.confidence:g} at least"
     return settings
 
 

@@ -164,8 +164,10 @@ class SearchResult:
         baseline: The uncompressed model.
         trials: Every trial that ended, in order.
         level: The metric to keep: the baseline's less the tolerance.
-        target: The metric that a trial must show to count as feasible: the level, with the margin
+        target: The metric that shows by itself that a trial is feasible: the level, with the margin
             that the asked confidence needs.
+        confidence: The probability with which a trial must be feasible to count as such; ``None``
+            where its measured metric decides.
         metric: Name of the metric.
         mode: Its direction.
         objective: Name of the objective.
@@ -187,6 +189,7 @@ class SearchResult:
     unit: str
     curve: Curve | None
     scheme: str = ""
+    confidence: float | None = None
     rescored: Rescored | None = None
 
     @property
@@ -289,8 +292,8 @@ class SearchResult:
 
     def _requirement(self) -> str:
         sign = "≥" if self.mode == "max" else "≤"
-        margin = "" if self.target == self.level else f", shown by {sign} {self.target:.4f}"
-        return f"{self.metric} {sign} {self.level:.4f}{margin} (dense: {self.baseline.metric:.4f})"
+        sure = "" if self.confidence is None else f" with probability {self.confidence:g}"
+        return f"{self.metric} {sign} {self.level:.4f}{sure} (dense: {self.baseline.metric:.4f})"
 
     def ratio(self, trial: Trial) -> float:
         """How many times better the trial's objective is than the dense model's."""

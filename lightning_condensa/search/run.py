@@ -126,7 +126,7 @@ class SearchRun:
             return None
         if self.store.waiting():  # was interrupted
             return self.store.start(None, self.distributions)
-        best = self._result(Belief(None, {})).best
+        best = self._judged().best
         if best is None or best.runs:
             return None
         index = _CONFIRMATIONS + spent
@@ -183,11 +183,10 @@ class SearchRun:
         if not self.search.early_abort or trial.confirms is not None:
             return None
         told = self.formulation
-        records = self.store.records()
         return AbortRule.learned(
-            records,
+            self.store.records(),
             warm,
-            target=told.target(self._history(records)),
+            target=told.level,
             sign=told.sign,
             tolerance=self.search.tolerance,
             variance=told.baseline.variance,
@@ -209,7 +208,7 @@ class SearchRun:
         )
 
     def _tell(self, trial: Started) -> None:
-        result = self._result(Belief(None, {}))
+        result = self._judged()
         ended = next(t for t in result.trials if t.number == trial.number)
         self.progress.print(_line(result, ended))
         self.overview.log(result, ended)
@@ -224,6 +223,12 @@ class SearchRun:
         """The search as the study holds it."""
         return self._result(belief(self.formulation, self.store.records(), self.search.seed))
 
+    def _judged(self) -> SearchResult:
+        """The same with no more belief than it takes to say what is feasible."""
+        if self.formulation.problem.z > 0:
+            return self.result()
+        return self._result(Belief(None, {}))
+
     def _result(self, held: Belief) -> SearchResult:
         search, formulation = self.search, self.formulation
         records = self.store.records()
@@ -236,6 +241,7 @@ class SearchRun:
             ),
             level=formulation.level,
             target=formulation.target(self._history(records)),
+            confidence=search.confidence,
             metric=search.metric,
             mode=search.mode,
             objective=search.objective.name,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_condensa.search.certification import probability_of_level
 from lightning_condensa.search.cliff import CliffCurves, thin
-from lightning_condensa.search.feasibility import Feasibility
+from lightning_condensa.search.feasibility import Feasibility, aim
 from lightning_condensa.search.problem import Observation, Problem
 
 __all__ = ["BilogGP", "CliffEnsemble", "bilog"]
@@ -83,7 +83,7 @@ class CliffEnsemble(EnsembleModel):
         super().__init__()
         self._num_outputs = 1
         self.baseline_metric = problem.baseline_metric
-        self.target = problem.target
+        self.target = aim(problem)
         self.noise_variance = problem.noise_variance
         generator = torch.Generator().manual_seed(seed)
         u_max = float(problem.candidates.max().clamp_min(1e-3))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_condensa.search.feasibility import FeasibilityModel
+from lightning_condensa.search.feasibility import FeasibilityModel, enough
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.result import Curve, State, Trial
@@ -36,13 +36,16 @@ def observations(formulation: Formulation, records: Sequence[Record]) -> dict[in
 def trial_of(
     record: Record, formulation: Formulation, probability: float | None, runs: Sequence[Record]
 ) -> Trial:
-    """A trial, judged by the level that the search has now, and by all runs of it."""
+    """A trial, judged by the level that the search has now, and by all runs of it.
+
+    Where a confidence is asked for, by its probability; without one its measurement must show it.
+    """
     outcome, noise = record.outcome, formulation.noise_of(record)
     state: State
     seen = formulation.seen(record, runs)
     if outcome.status in ("failed", "diverged"):
         state = outcome.status
-    elif seen.feasible(formulation.problem.level, formulation.problem.z):
+    elif enough(formulation.problem, seen, probability):
         state = "feasible"  # also of an aborted one, by another tolerance
     else:
         state = "aborted" if outcome.status == "aborted" else "infeasible"

@@ -42,7 +42,7 @@ def test_metric_shows_each_trial_the_levels_and_the_cliff() -> None:
     assert at["trial1"] == pytest.approx((0.03, accuracy(0.03)))
     assert at["trial7"] == pytest.approx((0.02, 0.03))  # no metric: at the lower edge
     drawn = lines(axes)
-    assert drawn["tolerance"][0][1] == 0.90 and drawn["with confidence"][0][1] == 0.91
+    assert drawn["tolerance"][0][1] == 0.90 and drawn["shows by itself"][0][1] == 0.91
     assert drawn["dense"][0][1] == 0.95
     assert drawn["best"] == [pytest.approx((0.046, accuracy(0.046)))]
     (cliff,) = [k for k in drawn if k.startswith("cliff at")]

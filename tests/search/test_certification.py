@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import loaders, search, toy
 
-from lightning_condensa.search.certification import probability_of_level
+from lightning_condensa.search.certification import margin_of, probability_of_level
 from lightning_condensa.search.ensemble import DamageMixture
+from lightning_condensa.search.feasibility import enough, feasible_ones
 from lightning_condensa.search.problem import Observation, best_feasible
 from lightning_condensa.search.strategies import KnownObjectiveStrategy
 from lightning_condensa.search.surrogates import BilogGP, CliffEnsemble
@@ -74,6 +75,43 @@ def test_winners_are_as_often_feasible_as_they_are_said_to_be() -> None:
     assert abs(sure - truth) < 0.12
     brier = [statistics.fmean((row[k] - row[0]) ** 2 for row in rows) for k in (1, 2)]
     assert brier[0] < brier[1]
+
+
+def test_trials_speak_for_one_another() -> None:
+    """With a confidence, winners keep it, and give less away than by their own margin."""
+    strategy = KnownObjectiveStrategy()
+    missed, regret = [], []
+    for seed in range(10):
+        case = SyntheticCliff.draw(seed)
+        problem = case.problem(z=margin_of(0.95))
+        history: list[Observation] = []
+        for trial in range(6):
+            (index,) = strategy.propose(problem, history, None, q=1, seed=trial)
+            history.append(case.observe(index))
+        good = feasible_ones(problem, history, strategy.surrogate(problem, history, seed))
+        alone = best_feasible(history, problem.level, problem.z)
+        by_margin = 0.0 if alone is None else history[alone].utility
+        together = max((s.utility for s, ok in zip(history, good, strict=True) if ok), default=0.0)
+        chosen = [s for s, ok in zip(history, good, strict=True) if ok and s.utility == together]
+        at = [problem.nearest(s.point[None]) for s in chosen]
+        missed.append(any(float(case.accuracy[i]) < problem.level for i in at))
+        regret.append(by_margin - together)
+    assert sum(missed) <= 1
+    assert statistics.fmean(regret) < 0
+
+
+def test_without_a_confidence_the_measurement_decides() -> None:
+    problem = SyntheticCliff.draw(0).problem()
+    assert enough(problem, seen(problem.level + 1e-6), probability=0.01)
+    assert not enough(problem, seen(problem.level - 1e-6), probability=0.99)
+
+
+def test_with_a_confidence_the_probability_decides() -> None:
+    problem = SyntheticCliff.draw(0).problem(z=margin_of(0.9))
+    at_level = seen(problem.level)
+    assert enough(problem, at_level, 0.901) and not enough(problem, at_level, 0.899)
+    assert not enough(problem, at_level, None)
+    assert enough(problem, seen(problem.level + 2 * at_level.variance**0.5), None)
 
 
 def test_ensembles_over_groups_doubt_a_lucky_measurement() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,8 +14,8 @@ from lightning_condensa.search import pool
 from lightning_condensa.search.acquisition import KnownObjectiveCEI
 from lightning_condensa.search.domain import Domain, distinct
 from lightning_condensa.search.ensemble import DamageMixture
-from lightning_condensa.search.feasibility import FeasibilityModel
-from lightning_condensa.search.problem import Observation, Problem, best_feasible
+from lightning_condensa.search.feasibility import FeasibilityModel, feasible_ones
+from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.strategies.base import Strategy, occupied
 from lightning_condensa.search.surrogates import BilogGP, CliffEnsemble
 
@@ -76,10 +76,11 @@ class KnownObjectiveStrategy(Strategy):
             return super().suggest(problem, history, pending, q, seed)
         pending, _ = self._checked(problem, history, pending, q)
         model = self.surrogate(problem, history, seed)
-        local = _candidates(problem, problem.domain, model, history, pending, seed)
+        good = feasible_ones(problem, history, model)
+        local = _candidates(problem, problem.domain, model, history, good, pending, seed)
         _, free = self._checked(local, history, pending, q)
         q = min(q, int(free.sum()))
-        return local.candidates[_chosen(local, lambda: model, history, pending, free, q)]
+        return local.candidates[_chosen(local, model, history, good, pending, free, q)]
 
     def _select(
         self,
@@ -90,27 +91,27 @@ class KnownObjectiveStrategy(Strategy):
         q: int,
         seed: int,
     ) -> list[int]:
-        def model() -> FeasibilityModel:
-            return self.surrogate(problem, history, seed)
-
-        return _chosen(problem, model, history, pending, free, q)
+        model = self.surrogate(problem, history, seed)
+        good = feasible_ones(problem, history, model)
+        return _chosen(problem, model, history, good, pending, free, q)
 
 
 def _chosen(
     problem: Problem,
-    model: Callable[[], FeasibilityModel],
+    model: FeasibilityModel,
     history: Sequence[Observation],
+    good: Sequence[bool],
     pending: Tensor,
     free: Tensor,
     q: int,
 ) -> list[int]:
     """The ``q`` free candidates of greatest joint acquisition."""
-    incumbent = _incumbent(problem, history)
+    incumbent = _incumbent(problem, history, good)
     promising = free & (problem.utility > incumbent)
     chosen = problem.candidates.new_empty(0, pending.shape[-1])
     if bool(promising.any()):
         chosen, _ = optimize_acqf_discrete(
-            _acquisition(problem, model(), incumbent, pending),
+            _acquisition(problem, model, incumbent, pending),
             q=min(q, int(promising.sum())),
             choices=problem.candidates[promising],
             return_acq_values=False,
@@ -136,6 +137,7 @@ def _candidates(
     domain: Domain,
     model: FeasibilityModel,
     history: Sequence[Observation],
+    good: Sequence[bool],
     pending: Tensor,
     seed: int,
 ) -> Problem:
@@ -145,16 +147,16 @@ def _candidates(
         level = torch.cat([domain.diagonals(), taken])
         local = _restricted(problem, domain, level)
     else:
-        level = torch.cat([*_combinations(problem, domain, model, history, seed), taken])
+        level = torch.cat([*_combinations(problem, domain, model, history, good, seed), taken])
         local = _restricted(problem, domain, level)
         for _ in range(_ROUNDS):
-            best = _best(local, model, history, pending, _CLIMBERS)
+            best = _best(local, model, history, good, pending, _CLIMBERS)
             level = torch.cat([domain.nearest(local.candidates), pool.neighbours(domain, best)])
             local = _restricted(problem, domain, level)
     if domain.exact is None:
         return local
     # Few enough to ask the objective itself.
-    level = torch.cat([_best(local, model, history, pending, _EXACT), taken])
+    level = torch.cat([_best(local, model, history, good, pending, _EXACT), taken])
     return _restricted(problem, replace(domain, utility=domain.exact), level)
 
 
@@ -173,13 +175,15 @@ def _best(
     problem: Problem,
     model: FeasibilityModel,
     history: Sequence[Observation],
+    good: Sequence[bool],
     pending: Tensor,
     count: int,
 ) -> Tensor:
     """The combinations of greatest acquisition among the free candidates, each by itself."""
     assert problem.domain is not None
     taken = torch.cat([pending, *(seen.point[None] for seen in history)])
-    acquisition = _acquisition(problem, model, _incumbent(problem, history), pending)
+    incumbent = _incumbent(problem, history, good)
+    acquisition = _acquisition(problem, model, incumbent, pending)
     value = acquisition(problem.candidates.unsqueeze(-2))
     value = value.masked_fill(occupied(problem.candidates, taken), -torch.inf)
     best = value.topk(min(count, len(value))).indices
@@ -191,19 +195,18 @@ def _combinations(
     domain: Domain,
     model: FeasibilityModel,
     history: Sequence[Observation],
+    good: Sequence[bool],
     seed: int,
 ) -> list[Tensor]:
     """Frontiers of the model's members, what lies between them and the incumbent, and more."""
     generator = torch.Generator().manual_seed(seed)
-    found = best_feasible(_measured(problem, history), problem.level, problem.z)
+    value = _values(problem, history, good)
     diagonals = domain.diagonals()
-    centre = domain.nearest(history[found].point[None])[0] if found is not None else diagonals[0]
-
-    def value(seen: Observation) -> float:
-        good = seen.feasible(problem.level, problem.z)
-        return problem.utility_of(seen) if good else -math.inf
-
-    length = pool.trust_region(history, value, len(domain.axes))
+    centre = diagonals[0]
+    if any(good):
+        winner = history[max(range(len(history)), key=value.__getitem__)]
+        centre = domain.nearest(winner.point[None])[0]
+    length = pool.trust_region(value, len(domain.axes))
     level = [
         diagonals,
         domain.random(_RANDOM, seed),
@@ -221,20 +224,21 @@ def _combinations(
     return level
 
 
-def _measured(problem: Problem, history: Sequence[Observation]) -> list[Observation]:
-    """The history with the utility of each, the known one where none was measured."""
-    return [replace(seen, utility=problem.utility_of(seen)) for seen in history]
+def _values(problem: Problem, history: Sequence[Observation], good: Sequence[bool]) -> list[float]:
+    """The utility of each, the known one where none was measured; of infeasible ones −inf."""
+    return [
+        problem.utility_of(seen) if feasible else -math.inf
+        for seen, feasible in zip(history, good, strict=True)
+    ]
 
 
-def _incumbent(problem: Problem, history: Sequence[Observation]) -> float:
+def _incumbent(problem: Problem, history: Sequence[Observation], good: Sequence[bool]) -> float:
     """The utility to improve on: that of the best feasible point, at first the baseline's.
 
     Should not even the baseline be feasible, any feasible point improves: the reference then lies
     below all candidates by their whole range, so that feasibility counts for more than utility.
     """
-    known = _measured(problem, history)
-    best = best_feasible(known, problem.level, problem.z)
-    found = [] if best is None else [problem.utility_of(known[best])]
+    found = [value for value in _values(problem, history, good) if value > -math.inf]
     if problem.tolerance >= 0:
         found.append(problem.utility_of(problem.baseline))
     low, high = (float(value) for value in problem.utility.aminmax())
