@@ -100,6 +100,9 @@ CASES = {
     for case in (
         *(Case(network, filters) for network in NETWORKS for filters in (0.5, 0.25)),
         Case("ResNet-20", 0.5, coupled=True),
+        Case("ResNet-20", 0.25, coupled=True),
+        Case("MobileNet-like", 0.5, coupled=True),
+        Case("MobileNet-like", 0.25, coupled=True),
         Case("VGG-19-BN", int8=True),
         Case("ResNet-20", int8=True),
         Case("VGG-19-BN", 0.25, int8=True),
