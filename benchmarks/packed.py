@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import zstandard
-from common import RESULTS, environment, silence, write_results
+from common import RESULTS, environment, silence, update_results
 from held_out import HELD_OUT
 from safetensors.torch import load_file, save, save_file
 from tasks import TASKS, dense_start
@@ -42,6 +42,7 @@ from lightning_condensa import (
 )
 from lightning_condensa.schemes import Encoded
 
+PARTS = ("sizes", "loads")
 DENSITIES = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5)
 VALUES: dict[str, Scheme] = {"int8": Quantize("int8"), "codebook 16": Codebook(16)}
 
@@ -109,32 +110,51 @@ def large() -> nn.Module:
     return nn.Sequential(*(nn.Conv2d(a, b, 3) for a, b in ends), nn.Linear(512, 10))
 
 
-def main() -> None:
-    """Measure and write ``results/packed.json``."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder of cifar10/ and tinyshakespeare/")
-    parser.add_argument("--repeats", type=int, default=15, help="of each load")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    silence()
-    torch.set_num_threads(1)
+def measured_sizes(data: Path | None) -> list[dict[str, Any]]:
+    """Bytes of every trained model, kind of values and density."""
     rows: list[dict[str, Any]] = []
     for task in (*TASKS.values(), HELD_OUT):
-        module = dense_start(task, 0, options.data).module()
+        module = dense_start(task, 0, data).module()
         for values, rounding in VALUES.items():
             for density in DENSITIES:
                 found = sizes(module, Compose([Prune(density), rounding]))
                 rows.append({"model": task.name, "values": values, "density": density, **found})
                 print(rows[-1], flush=True)
-    loads = []
+    return rows
+
+
+def measured_loads(repeats: int) -> list[dict[str, Any]]:
+    """Time to load a large file of every kind of values."""
+    loads: list[dict[str, Any]] = []
     for values, rounding in VALUES.items():
         for density in (0.01, 0.05, 0.5):
-            ratios = load_ratio(large(), Compose([Prune(density), rounding]), options.repeats)
+            ratios = load_ratio(large(), Compose([Prune(density), rounding]), repeats)
             median = statistics.median(ratios)
             loads.append({"values": values, "density": density, "median": median, "ratios": ratios})
             print(loads[-1], flush=True)
-    payload = {"environment": environment(), "sizes": rows, "loads": loads}
-    print(write_results("packed", payload, options.out))
+    return loads
+
+
+def main() -> None:
+    """Measure and write ``results/packed.json``."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of cifar10/ and tinyshakespeare/")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--repeats", type=int, default=15, help="of each load")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    silence()
+    torch.set_num_threads(1)
+    for part in options.parts:
+        found = measured_sizes(options.data) if part == "sizes" else measured_loads(options.repeats)
+
+        def change(
+            results: dict[str, Any], part: str = part, found: list[dict[str, Any]] = found
+        ) -> None:
+            results.setdefault("environments", {})[part] = environment()
+            results[part] = found
+
+        update_results("packed", change, options.out)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,8 @@ def packed() -> str | None:
         f"long as from dense safetensors, medians: {loads}.\n"
     )
     header = ["file over bound, density", *(f"{d:.1%}" for d in densities)]
-    return table(header, rows) + note + source(results)
+    sources = (source({"environment": results["environments"][p]}) for p in ("sizes", "loads"))
+    return table(header, rows) + note + "".join(dict.fromkeys(sources))
 
 
 def mutations() -> str | None:
