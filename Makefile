@@ -26,10 +26,10 @@ demo: $(VENV)/examples  ## the main job, on scikit-learn's digits
 	$(BIN)/python examples/digits/search.py
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-all: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n 2 -m ''
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m ''
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -89,8 +89,14 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+#: Projections that take long.
+SLOW = {"low rank + sparse, int8", "int8 low rank + sparse"}
+
+
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SCHEMES]
+)
 def test_every_scheme_keeps_every_law(name: str, law: str) -> None:
     layers = NETWORKS if "coupled" in name else LAYERS
     assert check_scheme(SCHEMES[name], law, layers) > 0

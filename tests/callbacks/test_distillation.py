@@ -434,6 +434,7 @@ def test_manual_optimization_and_shared_weights_are_errors(net, trainer, loader)
 # -- two processes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     root = Path(lightning_condensa.__file__).parents[1]

@@ -31,9 +31,12 @@ SCHEMES: dict[str, tuple[Scheme, int]] = {
     "prune, binary": (Compose([Prune(0.5), Quantize("binary")]), 3),
     "prune, codebook": (Compose([Prune(0.5), Codebook(4)]), 5),
 }
+QUICK = {"int4", "binary", "codebook", "prune, binary"}
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SCHEMES]
+)
 def test_training_ends_on_the_grid_and_beats_rounding_once(  # type: ignore[no-untyped-def]
     net, net_class, trainer, loader, batches, name: str
 ) -> None:

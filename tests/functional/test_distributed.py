@@ -13,7 +13,8 @@ import pytest
 import lightning_condensa
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_sharded_tensors_equal_whole_ones(world: int, tmp_path: Path) -> None:
     root = Path(lightning_condensa.__file__).parents[1]
     worker = Path(__file__).with_name("sharded_worker.py")

@@ -44,6 +44,7 @@ def test_the_main_job_in_small(tmp_path: Path) -> None:
     assert len(list((folder / "trials").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_every_layer_in_its_own_way(tmp_path: Path) -> None:
     out = run("mixed_scheme/compress.py", "--epochs", "3", cwd=tmp_path)
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]

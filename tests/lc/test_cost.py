@@ -230,6 +230,7 @@ print(*resident)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_200_c_steps_take_no_more_memory_than_100() -> None:
     root = str(Path(lightning_condensa.__file__).parents[1])

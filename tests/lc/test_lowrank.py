@@ -60,10 +60,12 @@ class Digits:
     ("scheme", "gain", "least"),
     [
         (LowRank(rank=4), 0.3, 0.7),
-        (LowRank(density=0.25), 0.2, 0.6),
+        pytest.param(LowRank(density=0.25), 0.2, 0.6, marks=pytest.mark.slow),
         (SUM, 0.4, 0.85),
-        (Compose([LowRank(rank=4), Quantize("int4")]), 0.3, 0.65),
-        (Add([Codebook(2), Prune(0.02)], sweeps=4), 0.2, 0.9),
+        pytest.param(
+            Compose([LowRank(rank=4), Quantize("int4")]), 0.3, 0.65, marks=pytest.mark.slow
+        ),
+        pytest.param(Add([Codebook(2), Prune(0.02)], sweeps=4), 0.2, 0.9, marks=pytest.mark.slow),
     ],
     ids=lambda v: v.describe() if isinstance(v, Scheme) else "",
 )

@@ -38,7 +38,14 @@ from lightning_condensa.search import SearchResult
 EDGE = CLIFF * math.exp(-0.1)
 
 
-@pytest.mark.parametrize("method", ["auto", "paper", "bisection", "random", "grid"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "auto",
+        "bisection",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("paper", "random", "grid")),
+    ],
+)
 def test_best_is_the_best_evaluated_feasible_trial(tmp_path: Path, method: str) -> None:
     model = toy()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -39,7 +39,7 @@ def test_any_batch_gives_the_outputs_of_torch(case: str, tmp_path: Path) -> None
         assert relative(run(tmp_path / "a.onnx", x), evaluate(model.module, x)) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["convolutions", "encoder"])
+@pytest.mark.parametrize("case", ["convolutions", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_half_precision_keeps_the_types_of_inputs_and_outputs(case: str, tmp_path: Path) -> None:
     model = compressed(case, Quantize("float16"))
     half = model.to_onnx(tmp_path / "b.onnx", CASES[case].inputs(2), "float16")
