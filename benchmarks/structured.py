@@ -62,7 +62,7 @@ def magnitude(start: Start, density: float, epochs: int, *, ranked_globally: boo
         ignored_layers=linears(module),
     )
     pruner.step()
-    return fit(module, start, [], epochs)
+    return fit(module.train(), start, [], epochs)  # it was left in evaluation mode
 
 
 def group_norm(start: Start, density: float, epochs: int, *, ranked_globally: bool) -> nn.Module:
@@ -76,9 +76,9 @@ def group_norm(start: Start, density: float, epochs: int, *, ranked_globally: bo
         global_pruning=ranked_globally,
         ignored_layers=linears(module),
     )
-    fit(module, start, [GroupPenalty(pruner)], epochs // 2)
+    fit(module.train(), start, [GroupPenalty(pruner)], epochs // 2)
     pruner.step()
-    return fit(module, start, [], epochs - epochs // 2)
+    return fit(module.train(), start, [], epochs - epochs // 2)
 
 
 class GroupPenalty(pl.Callback):

@@ -67,7 +67,7 @@ ROWS: Mapping[str, list[Callable[..., Scheme]]] = {
 def cells() -> list[tuple[str, str, str]]:
     """``(row, column, cell)`` of the table."""
     text = (Path(__file__).parents[1] / "docs" / "schemes.md").read_text()
-    lines = text[text.index("## Layers") :].splitlines()
+    lines = text.partition("## Layers")[2].partition("\n## ")[0].splitlines()
     table = [line for line in lines if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     return [
