@@ -17,7 +17,7 @@ from render_deploy import deploy, end_to_end, sparse_execution
 from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
 from render_schemes import char_lstm, lenet300, packed, quantizers, structured
-from render_search import search_nd
+from render_search import search_hosts, search_nd, search_scaling
 from tables import source, spread, table
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +101,8 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
     "search-nd": search_nd,
+    "search-scaling": search_scaling,
+    "search-hosts": search_hosts,
     "sparse-execution": sparse_execution,
     "deploy": deploy,
     "end-to-end": end_to_end,

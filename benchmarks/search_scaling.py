@@ -13,6 +13,7 @@ time, one after the other and four at a time, 12 in all. Each part is written wh
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -53,6 +54,7 @@ def scaling(workers: int, trials: int, seconds: float) -> dict[str, Any]:
         "efficiency": trials * seconds / workers / (ended - ready),
         "beyond the sleep, first trial of a worker": max(beyond),
         "beyond the sleep, median": statistics.median(beyond),
+        "load": os.getloadavg()[0],
         "states": sorted({t.state for t in result.trials}),
     }
 

@@ -300,7 +300,7 @@ def _runs(pid: int) -> bool:
 def test_children_of_a_worker_end_with_it(how: str, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     with ProcessPool(1, threads=1) as pool:
-        worker = pool.submit(os.getpid).result(60)
+        worker = pool.submit(os.getpid).result(120)
         future = pool.submit(_two_processes, journal)
         deadline = time.monotonic() + 120
         while not journal.exists() or len(journal.read_text().splitlines()) < 2:
