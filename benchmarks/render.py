@@ -17,7 +17,7 @@ from render_deploy import deploy, end_to_end, sparse_execution
 from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
 from render_schemes import char_lstm, lenet300, mutations, packed, quantizers, structured
-from render_search import search_1d, search_1d_risk, search_nd
+from render_search import search_1d, search_1d_risk, search_hosts, search_nd, search_scaling
 from tables import source, spread, table
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +84,8 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "search-1d": search_1d,
     "search-1d-risk": search_1d_risk,
     "search-nd": search_nd,
+    "search-scaling": search_scaling,
+    "search-hosts": search_hosts,
     "sparse-execution": sparse_execution,
     "deploy": deploy,
     "end-to-end": end_to_end,

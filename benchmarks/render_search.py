@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common import read_results
-from tables import NONE, source, table
+from tables import NONE, source, spread, table
 
 ORDER = (
     "condensa",
@@ -117,6 +117,65 @@ def search_nd() -> str | None:
     times = "; ".join(f"{name}: {value:.1f} s" for name, value in results["proposal"].items())
     note = f"\nOne proposal with a scan in 12 groups, CPU seconds on one core: {times}.\n"
     return table(header, cells) + note + source(results)
+
+
+def search_scaling() -> str | None:
+    """Time of a search on several workers, and what trials in flight cost in quality."""
+    results = read_results("search_scaling")
+    if not results:
+        return None
+    rows = results["rows"]
+    cells = [
+        [
+            str(r["workers"]),
+            f"{r['fit']:.0f} s",
+            f"{r['trials'] * r['seconds a trial'] / r['workers']:.0f} s",
+            f"{r['efficiency']:.0%}",
+            f"{r['against the first row']:.0%}",
+            f"{r['beyond the sleep, median']:.1f} s",
+            f"{r['load']:.1f}",
+        ]
+        for r in rows
+    ]
+    ideal = ["`fit`", "sleep alone", "sleep alone / `fit`", "against one worker"]
+    header = ["workers", *ideal, "a trial beyond its sleep", "load"]
+    regrets = [
+        [
+            r["objective"],
+            str(r["at a time"]),
+            str(r["problems"]),
+            spread(r["regret"], 3),
+            f"{r['infeasible']:.0%}",
+        ]
+        for r in results["parallel"]
+    ]
+    regret = ["objective", "at a time", "problems", f"@{results['parallel'][0]['trials']}"]
+    quality = table([*regret, "infeasible"], regrets)
+    note = (
+        f"\n{rows[0]['trials']} trials that sleep for {rows[0]['seconds a trial']:.0f} s each.\n\n"
+    )
+    return table(header, cells) + note + quality + source(results)
+
+
+def search_hosts() -> str | None:
+    """Which host ran what, when one of them died."""
+    results = read_results("search_hosts")
+    if not results:
+        return None
+    found = results["dask"]
+    cells = []
+    for host in found["hosts"]:
+        began = sum(t["began on"].count(host) for t in found["trials"])
+        ended = sum(t["ended on"].count(host) for t in found["trials"])
+        killed = found["killed"]["in"] if host == found["killed"]["host"] else NONE
+        cells.append([host, str(began), str(ended), killed])
+    twice = ", ".join(found["begun twice"]) or "none"
+    note = (
+        f"\nOf {found['asked for']} trials {found['finished']} finished, "
+        f"{found['ended once']} of them ended once, and {found['in the study']} are in the study; "
+        f"begun twice: {twice}.\n"
+    )
+    return table(["host", "trials begun", "ended", "killed in"], cells) + note + source(results)
 
 
 def _place(row: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ from lightning_condensa.search.allocation import allocate
 from lightning_condensa.search.condensa_search import CondensaSearch
 from lightning_condensa.search.executors import (
     DaskExecutor,
+    MPIExecutor,
     ProcessPool,
     RayExecutor,
     SubmititExecutor,
@@ -24,6 +25,7 @@ __all__ = [
     "CondensaSearch",
     "Curve",
     "DaskExecutor",
+    "MPIExecutor",
     "Observation",
     "Problem",
     "ProcessPool",

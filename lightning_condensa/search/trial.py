@@ -15,6 +15,11 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    MPIEnvironment,
+)
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities.memory import garbage_collection_cuda, is_oom_error
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -262,10 +267,25 @@ def make_trainer(
         "default_root_dir": directory,
         "logger": TensorBoardLogger(directory, name="", version=""),
     }
-    trainer = pl.Trainer(**{**defaults, **own}, callbacks=[*deepcopy(list(users)), *callbacks])
+    plugins = _with_environment(own.pop("plugins", None), own.get("strategy"))
+    trainer = pl.Trainer(
+        **{**defaults, **own}, plugins=plugins, callbacks=[*deepcopy(list(users)), *callbacks]
+    )
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise ValueError(
             f"trainer: {type(trainer.strategy).__name__} on {trainer.world_size} devices would "
             "start the whole script again for every trial; use strategy='ddp_spawn' or one device"
         )
     return trainer
+
+
+def _with_environment(plugins: Any, strategy: Any) -> list[Any]:
+    """The user's plugins, and one that keeps Lightning from taking an MPI job for one training.
+
+    Each process of the job has a trial of its own, and would wait for the others in it.
+    """
+    given = [plugins] if plugins is not None and not isinstance(plugins, list) else plugins or []
+    chosen = getattr(strategy, "cluster_environment", None) is not None
+    if chosen or any(isinstance(p, ClusterEnvironment) for p in given):
+        return given
+    return [*given, LightningEnvironment()] if MPIEnvironment.detect() else given

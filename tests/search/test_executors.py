@@ -13,7 +13,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
-from shutil import which
 
 import pytest
 import torch
@@ -191,34 +190,3 @@ def test_workers_end_with_their_parent(how: str, tmp_path: Path) -> None:
     while worker.exists() and "Z" not in (worker / "stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "the worker outlived its parent"
         time.sleep(0.1)
-
-
-MPI = """
-from mpi4py.futures import MPIPoolExecutor
-from lightning_condensa.testing import EXECUTOR_LAWS, check_executor
-if __name__ == "__main__":
-    for law in EXECUTOR_LAWS:
-        if law not in ("survives a dead worker", "runs in parallel"):
-            check_executor(MPIPoolExecutor, law)
-    print("kept")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
-    reason="mpirun or mpi4py is missing",
-)
-def test_mpi(tmp_path: Path) -> None:
-    script = tmp_path / "mpi.py"
-    script.write_text(MPI)
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.run(
-        [*command, "-m", "mpi4py.futures", str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert "kept" in process.stdout, process.stdout + process.stderr

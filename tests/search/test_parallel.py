@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from filelock import FileLock
 from toy import Toy, loaders, search, toy
 
-from lightning_condensa.search import ProcessPool
+from lightning_condensa.search import DaskExecutor, ProcessPool
 from lightning_condensa.search.executors import InProcess, WorkerLostError
 from lightning_condensa.search.trial import TrialJob
 
@@ -164,7 +165,7 @@ import os, sys, time
 from pathlib import Path
 from toy import Toy, loaders, search
 import torch
-from lightning_condensa.search import ProcessPool
+from lightning_condensa.search import DaskExecutor, ProcessPool
 
 class Slow(Toy):
     def on_fit_start(self):
@@ -255,13 +256,65 @@ def test_bad_arguments(tmp_path: Path, changes: dict[str, Any], message: str) ->
         search(tmp_path, **changes)
 
 
+def _dask(stack: ExitStack) -> Executor:
+    distributed = pytest.importorskip("distributed")
+    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    cluster = stack.enter_context(distributed.LocalCluster(n_workers=1, **options))
+    return DaskExecutor(stack.enter_context(distributed.Client(cluster)))
+
+
 @pytest.mark.slow
-def test_two_processes_of_ddp_in_a_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pool", "dask"])
+def test_two_processes_of_ddp_in_a_worker(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     two = {"max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"}
-    with ProcessPool(1, threads=1) as pool:
-        task = search(tmp_path, max_trials=1, trainer=two, executor=pool)
+    with ExitStack() as stack:
+        pool = _dask(stack) if kind == "dask" else ProcessPool(1, threads=1)
+        stack.enter_context(pool)
+        task = search(tmp_path, max_trials=1, trainer=two, executor=pool, scan=False)
         result = task.fit(toy(), **loaders())
-    assert [t.state for t in result.trials] == ["feasible"]
+    assert [(t.state, t.message) for t in result.trials] == [("feasible", "")]
     loaded = result.best.load(Toy())
     kept = round(result.best.values["density"] * loaded.layer.weight.numel())
     assert int(torch.count_nonzero(loaded.layer.weight)) == kept
+
+
+def _note_and_sleep(rank: int, journal: Path) -> None:
+    with journal.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(600)
+
+
+def _two_processes(journal: Path) -> None:
+    torch.multiprocessing.spawn(_note_and_sleep, (journal,), nprocs=2)
+
+
+def _runs(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["terminated", "killed"])
+def test_children_of_a_worker_end_with_it(how: str, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    with ProcessPool(1, threads=1) as pool:
+        worker = pool.submit(os.getpid).result(120)
+        future = pool.submit(_two_processes, journal)
+        deadline = time.monotonic() + 120
+        while not journal.exists() or len(journal.read_text().splitlines()) < 2:
+            assert not future.done() and time.monotonic() < deadline
+            time.sleep(0.1)
+        children = [int(line) for line in journal.read_text().splitlines()]
+        assert all(map(_runs, children))
+        if how == "killed":
+            os.kill(worker, signal.SIGKILL)
+        else:
+            pool.terminate_workers()
+        assert isinstance(future.exception(20), WorkerLostError)
+        deadline = time.monotonic() + 20
+        while any(map(_runs, children)):
+            assert time.monotonic() < deadline, "the worker's children outlived it"
+            time.sleep(0.1)

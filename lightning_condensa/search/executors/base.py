@@ -49,7 +49,9 @@ def worker_count(executor: Executor) -> int:
     return 1
 
 
-def require(module: str, package: str) -> ModuleType:
+def require(
+    module: str, package: str, install: str = "'lightning-condensa[distributed]'"
+) -> ModuleType:
     """Import an optional package.
 
     Raises:
@@ -59,5 +61,5 @@ def require(module: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"this executor needs {package}: pip install 'lightning-condensa[distributed]'"
+            f"this executor needs {package}: pip install {install}"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Executor, Future
@@ -42,7 +43,7 @@ class DaskExecutor(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run ``fn`` on the cluster."""
-        future: Future[Any] = self._executor.submit(fn, *args, **kwargs)
+        future: Future[Any] = self._executor.submit(_call, fn, args, kwargs)
         self._flying.add(future)
         future.add_done_callback(self._flying.discard)
         return future
@@ -54,3 +55,10 @@ class DaskExecutor(Executor):
             self._executor.shutdown(wait=not cancel_futures)  # waits, or else cancels
         if wait:
             futures.wait(flying)
+
+
+def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A worker that Dask watches over is daemonic, and must not start the processes of DDP or of a
+    # data loader. It may be told otherwise.
+    multiprocessing.current_process().daemon = False
+    return fn(*args, **kwargs)

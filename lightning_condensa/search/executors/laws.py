@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, wait
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -85,6 +86,19 @@ def _span(seconds: float) -> tuple[float, float]:
     return began, time.time()
 
 
+def _starts_processes(make: Callable[[], Executor]) -> None:
+    with make() as executor:
+        code = executor.submit(_start_one).result(PATIENCE)
+    assert code == 0, f"a process that a task started ended with exit code {code}"
+
+
+def _start_one() -> int | None:
+    process = get_context("spawn").Process(target=time.sleep, args=(0.0,))
+    process.start()
+    process.join(PATIENCE)
+    return process.exitcode
+
+
 def _survives(make: Callable[[], Executor]) -> None:
     executor = make()
     try:
@@ -116,13 +130,15 @@ def _ends(make: Callable[[], Executor]) -> None:
 
 
 #: Laws by name: results and errors come back as they are, tasks run at the same time on
-#: ``worker_count`` workers, a dead worker is noticed and survived, ``shutdown`` waits.
+#: ``worker_count`` workers and may start processes (DDP, data loaders), a dead worker is noticed
+#: and survived, ``shutdown`` waits.
 EXECUTOR_LAWS: Mapping[str, Callable[[Callable[[], Executor]], None]] = {
     "returns": _returns,
     "raises": _raises,
     "carries tensors": _carries,
     "keeps results apart": _orders,
     "runs in parallel": _parallel,
+    "starts processes": _starts_processes,
     "survives a dead worker": _survives,
     "ends": _ends,
 }

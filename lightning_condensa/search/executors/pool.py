@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lightning_condensa.search.executors.base import WorkerLostError
-from lightning_condensa.search.executors.worker import Reply, work
+from lightning_condensa.search.executors.worker import Reply, kill_group, work
 
 _SPAWN = get_context("spawn")
 
@@ -34,9 +34,9 @@ class ProcessPool(Executor):
 
     Unlike ``ProcessPoolExecutor`` it outlives its workers: the task of one that dies gets a
     :class:`WorkerLostError`, the others go on, and a new process takes the place. Workers may
-    have children (DDP, loaders), ignore Ctrl-C, which is the parent's to handle, and die with
-    their parent. As with every spawned process, a script that makes a pool needs
-    ``if __name__ == "__main__":``.
+    have children (DDP, loaders), which end with them, ignore Ctrl-C, which is the parent's to
+    handle, and die with their parent. As with every spawned process, a script that makes a pool
+    needs ``if __name__ == "__main__":``.
 
     Args:
         workers: Number of processes; they start at once.
@@ -157,7 +157,8 @@ class _Seat(threading.Thread):
 
     def kill(self) -> None:
         with self._lock:
-            self._process.kill()
+            if self._process.is_alive():  # the number of one long dead may be another's
+                kill_group(self._process)
 
     def _launch(self) -> None:
         with self._lock:
@@ -178,7 +179,7 @@ class _Seat(threading.Thread):
                 raise EOFError
             answer = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
-            self._process.kill()
+            kill_group(self._process)
             self._process.join()
             code = self._process.exitcode
             how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"

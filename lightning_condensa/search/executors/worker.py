@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -10,6 +11,7 @@ import threading
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -39,6 +41,8 @@ def work(connection: Connection, threads: int, gpu: str | None) -> None:
         gpu: The only CUDA device to be seen; all where ``None``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):  # a group, to find the children by when this process is gone
+        os.setpgid(0, 0)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
@@ -71,4 +75,19 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
+
+
+def kill_group(process: BaseProcess) -> None:
+    """Kill a worker and its children, or those that it left when it died just now.
+
+    Args:
+        process: The worker; one that is starting has neither group nor children.
+    """
+    assert process.pid is not None
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
