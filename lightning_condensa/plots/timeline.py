@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_condensa.search.result import SearchResult, Trial
+    from lightning_condensa.search.result import SearchResult
+    from lightning_condensa.search.trials import Trial
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from lightning_condensa.search.scores import SCORES_FILE, PerSample, Scores
 from lightning_condensa.search.trial import make_trainer
 
 if TYPE_CHECKING:
-    from lightning_condensa.search.result import SearchResult, Trial
+    from lightning_condensa.search.result import SearchResult
+    from lightning_condensa.search.trials import Trial
 
 
 @dataclass(frozen=True)
