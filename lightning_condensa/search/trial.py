@@ -280,7 +280,8 @@ def make_trainer(
 def _with_environment(plugins: Any, strategy: Any) -> list[Any]:
     """The user's plugins, and one that keeps Lightning from taking an MPI job for one training.
 
-    Each process of the job has a trial of its own, and would wait for the others in it.
+    A Trainer on several devices would wait for the job's other processes, which have trials of
+    their own.
     """
     given = [plugins] if plugins is not None and not isinstance(plugins, list) else plugins or []
     chosen = getattr(strategy, "cluster_environment", None) is not None

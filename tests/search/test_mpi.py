@@ -29,9 +29,13 @@ import sys
 from pathlib import Path
 from toy import loaders, search, toy
 from lightning_condensa.search import MPIExecutor
+from lightning_condensa.search.trial import make_trainer
 from lightning_condensa.testing import EXECUTOR_LAWS, check_executor
 
 if __name__ == "__main__":
+    # Would wait for the workers if it took them for processes of its own training.
+    two = {"devices": 2, "strategy": "ddp_spawn", "accelerator": "cpu"}
+    assert make_trainer(two, Path(sys.argv[1])).world_size == 2
     for law in EXECUTOR_LAWS:
         if law != "survives a dead worker":  # MPI does not
             check_executor(MPIExecutor, law)
