@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_condensa.search.result import SearchResult
-    from lightning_condensa.search.trials import Trial
+    from lightning_condensa.search.result import SearchResult, Trial
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from lightning_condensa.search.executors import (
 from lightning_condensa.search.grouping import groups_by_sensitivity
 from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.rescoring import Rescored
-from lightning_condensa.search.result import SearchResult
+from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
 from lightning_condensa.search.sampler import CondensaSampler
 from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.strategies import Strategy, make_strategy
-from lightning_condensa.search.trials import Baseline, Curve, Trial
 
 __all__ = [
     "Baseline",

@@ -27,7 +27,7 @@ from lightning_condensa.search.metrics import count_samples, evaluate
 from lightning_condensa.search.noise import NoiseModel, expected_noise
 from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.recorder import ScoreRecorder
-from lightning_condensa.search.result import SearchResult
+from lightning_condensa.search.result import Baseline, SearchResult
 from lightning_condensa.search.run import SearchRun
 from lightning_condensa.search.scores import SCORES_FILE, PerSample, Scores
 from lightning_condensa.search.sensitivity import Sensitivity
@@ -35,7 +35,6 @@ from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Store
 from lightning_condensa.search.strategies import make_strategy
 from lightning_condensa.search.trial import Data, Mode, make_trainer
-from lightning_condensa.search.trials import Baseline
 
 #: A killed driver's data loaders may outlive it, and its lock, for some seconds.
 _LOCK_SECONDS = 10.0

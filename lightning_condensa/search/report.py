@@ -16,8 +16,7 @@ from lightning_condensa.deploy import inspect_packed
 from lightning_condensa.search.noise import Noise, noise_text
 
 if TYPE_CHECKING:
-    from lightning_condensa.search.result import SearchResult
-    from lightning_condensa.search.trials import Trial
+    from lightning_condensa.search.result import SearchResult, Trial
 
 _PACKAGES = (
     "lightning-condensa", "torch", "pytorch-lightning", "botorch", "optuna"

@@ -20,8 +20,7 @@ from lightning_condensa.search.scores import SCORES_FILE, PerSample, Scores
 from lightning_condensa.search.trial import make_trainer
 
 if TYPE_CHECKING:
-    from lightning_condensa.search.result import SearchResult
-    from lightning_condensa.search.trials import Trial
+    from lightning_condensa.search.result import SearchResult, Trial
 
 
 @dataclass(frozen=True)
