@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.objectives import Direction, Objective, as_objective
 from lightning_condensa.schemes import Scheme
 from lightning_condensa.search.certification import margin_of
+from lightning_condensa.search.dense import DenseModel, weights_hash
 from lightning_condensa.search.dispatch import ExecutorLike
 from lightning_condensa.search.formulation import Formulation
-from lightning_condensa.search.metrics import count_samples, evaluate
-from lightning_condensa.search.noise import NoiseModel, expected_noise
+from lightning_condensa.search.noise import NoiseModel
 from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.recorder import ScoreRecorder
-from lightning_condensa.search.result import Baseline, SearchResult
+from lightning_condensa.search.result import SearchResult
 from lightning_condensa.search.run import SearchRun
-from lightning_condensa.search.scores import SCORES_FILE, PerSample, Scores
-from lightning_condensa.search.sensitivity import Sensitivity
+from lightning_condensa.search.scores import SCORES_FILE, PerSample
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Store
 from lightning_condensa.search.strategies import make_strategy
-from lightning_condensa.search.trial import Data, Mode, make_trainer
+from lightning_condensa.search.trial import Data, Mode
 
 #: A killed driver's data loaders may outlive it, and its lock, for some seconds.
 _LOCK_SECONDS = 10.0
@@ -226,15 +222,16 @@ class CondensaSearch:
             store = Store(self.storage, self.study_name, self.objective.direction)
             store.claim(self._config(model))
             progress.status("measuring the dense model", 0)
-            baseline = self._baseline(store, model, data)
+            dense = DenseModel(self, store, model, data)
+            baseline = dense.baseline()
             progress.status("evaluating the objective on projected models", 0)
             formulation = Formulation(
                 self.space, self.objective, model, baseline, self.mode, self.tolerance, self.z
             )
             if self.scan and formulation.scannable:
                 progress.status("measuring one dimension at a time", 0)
-                formulation.use(self._sensitivity(store, model, data))
-            noise = NoiseModel(baseline.noise, self._dense_scores(), progress.print)
+                formulation.use(dense.sensitivity())
+            noise = NoiseModel(baseline.noise, dense.scores(), progress.print)
             return SearchRun(self, store, model, data, formulation, noise, progress).run()
 
     def _check(
@@ -277,64 +274,11 @@ class CondensaSearch:
             "starting weights": weights_hash(model),
         }
 
-    def _baseline(self, store: Store, model: pl.LightningModule, data: Data) -> Baseline:
-        known = store.get("baseline")
-        if known is None:
-            module = deepcopy(model)
-            trainer = make_trainer({**self.trainer, "logger": False}, self.dirpath / "baseline")
-            recorder = self.recorder(self.dirpath / "baseline")
-            logged = evaluate(trainer, module, data.validate_arguments(), self.metric, recorder)
-            metric = logged[self.metric]
-            if not math.isfinite(metric):
-                raise ValueError(f"the dense model's {self.metric} is {metric}: nothing to keep")
-            known = {
-                "metric": metric,
-                "samples": count_samples(trainer.val_dataloaders),
-                "objective": self.objective(CompressedModel(module, {}, self.space.scheme)),
-            }
-            store.set("baseline", known)
-        noise = expected_noise(
-            known["metric"], known["samples"], self.tolerance, self.metric_std, self._dense_scores()
-        )
-        return Baseline(
-            known["metric"], noise.variance, known["objective"], known["samples"], noise.basis
-        )
-
     def recorder(self, directory: Path) -> ScoreRecorder | None:
         """What collects the scores of samples; nothing where the noise is given."""
         if self.metric_std is not None:
             return None
         return ScoreRecorder(directory / SCORES_FILE, self.metric, self.per_sample)
-
-    def _dense_scores(self) -> Scores | None:
-        if self.metric_std is not None:
-            return None
-        return Scores.load(self.dirpath / "baseline" / SCORES_FILE)
-
-    def _sensitivity(self, store: Store, model: pl.LightningModule, data: Data) -> Sensitivity:
-        known = store.get("sensitivity")
-        if known is not None:
-            return Sensitivity.from_dict(known)
-
-        def measure(module: pl.LightningModule) -> float:
-            trainer = make_trainer({**self.trainer, "logger": False}, self.dirpath / "baseline")
-            return evaluate(trainer, module, data.validate_arguments(), self.metric)[self.metric]
-
-        found = Sensitivity.scan(self.space, model, measure)
-        store.set("sensitivity", found.to_dict())
-        return found
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's state, to tell whether two searches start from the same weights."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(
-                value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
-    return digest.hexdigest()
 
 
 def _is_number(value: object) -> bool:

@@ -15,12 +15,12 @@ from lightning_condensa.objectives import Objective
 from lightning_condensa.search.landscape import Landscape
 from lightning_condensa.search.noise import Noise
 from lightning_condensa.search.problem import Observation, Problem
-from lightning_condensa.search.result import Baseline
 from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Record
 from lightning_condensa.search.strategies import Strategy
 from lightning_condensa.search.trial import Mode
+from lightning_condensa.search.trials import Baseline
 
 #: Constraint of a diverged trial: infeasible by far, and finite, which the dashboard needs.
 DIVERGED_VIOLATION = 1e6

@@ -12,7 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_condensa.plots import search_plots
 from lightning_condensa.search.report import trial_cells
-from lightning_condensa.search.result import SearchResult, Trial
+from lightning_condensa.search.result import SearchResult
+from lightning_condensa.search.trials import Trial
 
 log = logging.getLogger(__name__)
 

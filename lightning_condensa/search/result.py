@@ -9,132 +9,25 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from lightning_condensa.deploy import load_compressed
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Direction
-from lightning_condensa.search.noise import Basis, Noise, noise_text
+from lightning_condensa.search import summary
 from lightning_condensa.search.report import to_html
 from lightning_condensa.search.rescoring import Rescored, rescore
 from lightning_condensa.search.scores import PerSample
-from lightning_condensa.search.trial import MODEL_FILE, Mode
+from lightning_condensa.search.trial import Mode
+from lightning_condensa.search.trials import Baseline, State, Trial, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-M = TypeVar("M", bound=nn.Module)
-State = Literal["feasible", "infeasible", "aborted", "diverged", "failed"]
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The uncompressed model.
-
-    Attributes:
-        metric: Its metric on the validation data.
-        variance: Variance of a metric measured there.
-        objective: Its objective.
-        samples: Validation samples; ``None`` where the loader does not know.
-        basis: From what the variance is known.
-    """
-
-    metric: float
-    variance: float
-    objective: float
-    samples: int | None
-    basis: Basis = "binomial"
-
-    @property
-    def noise(self) -> Noise:
-        """Of a metric measured there."""
-        return Noise(self.variance, self.basis)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluated compression.
-
-    Attributes:
-        number: Its number in the study.
-        values: The scheme's dimensions.
-        state: ``"feasible"``, ``"infeasible"``, ``"aborted"`` (it could no longer become
-            feasible; metric and model are the best until then), ``"diverged"`` or ``"failed"``.
-        metric: Metric of the compressed model; ``None`` where there is none.
-        variance: Variance of the metric's distance to the dense model's.
-        objective: Objective of the compressed model; for a diverged trial that of its structure.
-        details: The objective's details.
-        metrics: Everything that validation logged.
-        steps: Optimizer steps.
-        seconds: Wall-clock time.
-        message: The error of a diverged or failed trial.
-        directory: Where its logs and packed model are.
-        started: When it was handed out, in seconds since 1970; ``None`` where it is not known.
-        probability: How sure it is, after all trials, that the model truly keeps the level: its
-            measured metric is drawn towards what the others make one expect of it. ``None`` while
-            the search runs.
-        basis: From what the variance is known.
-        confirms: The trial of which it is another run; such a run is evidence, and never the best.
-        runs: Metrics of further runs of the trial, with other seeds; ``None`` of one that diverged.
-            Together with the trial's own they decide whether it is feasible.
-        parent: The trial whose model it started from; ``None`` for the uncompressed one.
-        curve: ``(progress, metric)`` of the validations in training.
-        bound: What the metric of an aborted trial would have stayed short of.
-    """
-
-    number: int
-    values: dict[str, Any]
-    state: State
-    metric: float | None
-    variance: float
-    objective: float | None
-    details: dict[str, Any]
-    metrics: dict[str, float]
-    steps: int
-    seconds: float
-    message: str
-    directory: Path
-    started: float | None = None
-    probability: float | None = None
-    basis: Basis = "binomial"
-    confirms: int | None = None
-    runs: tuple[float | None, ...] = ()
-
-    @property
-    def evidence(self) -> float | None:
-        """Mean metric of all runs; ``None`` where one has none."""
-        known = [m for m in (self.metric, *self.runs) if m is not None]
-        return fmean(known) if len(known) == 1 + len(self.runs) else None
-
-    @property
-    def standing(self) -> str:
-        """The state, and what further runs have to do with it."""
-        if self.confirms is not None:
-            return f"{self.state}, another run of trial {self.confirms}"
-        if not self.runs:
-            return self.state
-        confirmed = "confirmed" if self.state == "feasible" else "not confirmed"
-        mean = "a run diverged" if self.evidence is None else f"mean {self.evidence:.4f}"
-        return f"{self.state}, {confirmed}: {mean} of {1 + len(self.runs)} runs"
-
-    parent: int | None = None
-    curve: Sequence[Sequence[float]] = ()
-    bound: float | None = None
-
-    @property
-    def path(self) -> Path:
-        """The packed model."""
-        return self.directory / MODEL_FILE
-
-    def load(self, module: M) -> M:
-        """Load the trial's compressed model into a module of its class, in place."""
-        return load_compressed(self.path, module)
+__all__ = ["Baseline", "Curve", "SearchResult", "State", "Trial", "show"]
 
 
 @dataclass(frozen=True)
@@ -262,38 +155,7 @@ class SearchResult:
 
     def table(self) -> Table:
         """The trials as a Rich table."""
-        table = Table(
-            title=f"{self.objective} with {self._requirement()}",
-            title_justify="left",
-            caption=None if self.rescored is None else str(self.rescored),
-            caption_justify="left",
-        )
-        names = list(self.trials[0].values) if self.trials else []
-        for column in ("trial", *names, self.metric, f"{self.objective} [{self.unit}]", "× dense"):
-            table.add_column(column, justify="right")
-        table.add_column("P(feasible)", justify="right")
-        table.add_column("state")
-        table.add_column("time", justify="right")
-        table.add_column("from", justify="right")
-        for trial in self.trials:
-            table.add_row(
-                str(trial.number),
-                *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.values.values()),
-                "" if trial.metric is None else f"{trial.metric:.4f}",
-                "" if trial.objective is None else f"{trial.objective:,.5g}",
-                "" if not trial.objective else f"{self.ratio(trial):.3g}",
-                "" if trial.probability is None else f"{trial.probability:.2f}",
-                f"{trial.standing} {trial.message}"[:60].strip(),
-                f"{trial.seconds:.0f} s",
-                "dense" if trial.parent is None else str(trial.parent),
-                style="bold green" if trial == self.best else None,
-            )
-        return table
-
-    def _requirement(self) -> str:
-        sign = "≥" if self.mode == "max" else "≤"
-        sure = "" if self.confidence is None else f" with probability {self.confidence:g}"
-        return f"{self.metric} {sign} {self.level:.4f}{sure} (dense: {self.baseline.metric:.4f})"
+        return summary.table(self)
 
     def ratio(self, trial: Trial) -> float:
         """How many times better the trial's objective is than the dense model's."""
@@ -304,36 +166,7 @@ class SearchResult:
 
     def summary(self) -> str:
         """The outcome in a sentence."""
-        best = self.best
-        if best is not None:
-            return (
-                f"Trial {best.number} is best: {show(best.values)}; "
-                f"{self.objective} {best.objective:,.5g} "
-                f"{self.unit} ({self.ratio(best):.1f} × better than dense) at {self.metric} "
-                f"{best.metric:.4f}, of {self._requirement()}{self._sure(best)}"
-                f"{self._confirmed(best)}.{'' if self.rescored is None else f' {self.rescored}'}"
-            )
-        text = f"No trial is feasible: none of {len(self.trials)} has {self._requirement()}."
-        miss = self.nearest_miss
-        if miss is not None:
-            text += (
-                f" Nearest miss: trial {miss.number} with {self.metric} {miss.evidence:.4f} at "
-                f"{show(miss.values)}; widen the range, train longer, or raise the tolerance."
-            )
-        return text
-
-    def _confirmed(self, best: Trial) -> str:
-        if best.runs:
-            return f"; confirmed by another run, mean {self.metric} {best.evidence:.4f}"
-        if any(t.confirms is not None for t in self.trials):
-            return "; not confirmed: the runs for that were spent on trials that did not hold"
-        return ""
-
-    def _sure(self, trial: Trial) -> str:
-        if trial.probability is None:
-            return ""
-        noise = noise_text(trial.variance, trial.basis, self.baseline.samples)
-        return f"; feasible with probability {trial.probability:.2f}, its metric's noise {noise}"
+        return summary.summary(self)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120)
@@ -384,19 +217,6 @@ class SearchResult:
         write_atomically(target / "report.html", self.to_html().encode())
         self.plot().savefig(target / "search.png", dpi=120)
         return target
-
-
-def show(values: Mapping[str, Any]) -> str:
-    """Values of a scheme's dimensions for people.
-
-    Example:
-        >>> show({"prune.density": 0.0123456, "quantize.dtype": "int8"})
-        'prune.density = 0.01235, quantize.dtype = int8'
-    """
-    return ", ".join(
-        f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
-        for name, value in values.items()
-    )
 
 
 def _best(trials: Sequence[Trial], direction: Direction) -> Trial | None:

@@ -15,9 +15,10 @@ from lightning_condensa.search.noise import NoiseModel
 from lightning_condensa.search.overview import Overview
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.progress import SearchProgress
-from lightning_condensa.search.result import SearchResult, Trial, show
+from lightning_condensa.search.result import SearchResult
 from lightning_condensa.search.store import Record, Started, Store
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
+from lightning_condensa.search.trials import Trial, show
 from lightning_condensa.search.views import Belief, belief, further_runs, observations, trial_of
 from lightning_condensa.search.warm_start import WarmStart, nearest_denser
 

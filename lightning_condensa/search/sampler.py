@@ -20,11 +20,11 @@ from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.metrics import noise_variance
 from lightning_condensa.search.problem import Observation
-from lightning_condensa.search.result import Baseline
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import set_violation
 from lightning_condensa.search.strategies import make_strategy
 from lightning_condensa.search.trial import Mode
+from lightning_condensa.search.trials import Baseline
 
 _METRIC = "condensa_metric"
 

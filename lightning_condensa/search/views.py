@@ -9,9 +9,10 @@ from pathlib import Path
 from lightning_condensa.search.feasibility import FeasibilityModel, enough
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.problem import Observation
-from lightning_condensa.search.result import Curve, State, Trial
+from lightning_condensa.search.result import Curve
 from lightning_condensa.search.store import Record
 from lightning_condensa.search.strategies import KnownObjectiveStrategy
+from lightning_condensa.search.trials import State, Trial
 
 
 def further_runs(records: Sequence[Record]) -> dict[int, list[Record]]:

@@ -1,0 +1,93 @@
+"""The outcome of a search for a terminal: a table of the trials, and a sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from lightning_condensa.search.noise import noise_text
+from lightning_condensa.search.trials import Trial, show
+
+if TYPE_CHECKING:
+    from lightning_condensa.search.result import SearchResult
+
+
+def table(result: SearchResult) -> Table:
+    """The trials as a Rich table."""
+    found = Table(
+        title=f"{result.objective} with {requirement(result)}",
+        title_justify="left",
+        caption=None if result.rescored is None else str(result.rescored),
+        caption_justify="left",
+    )
+    names = list(result.trials[0].values) if result.trials else []
+    for column in (
+        "trial",
+        *names,
+        result.metric,
+        f"{result.objective} [{result.unit}]",
+        "× dense",
+    ):
+        found.add_column(column, justify="right")
+    found.add_column("P(feasible)", justify="right")
+    found.add_column("state")
+    found.add_column("time", justify="right")
+    found.add_column("from", justify="right")
+    for trial in result.trials:
+        found.add_row(
+            str(trial.number),
+            *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.values.values()),
+            "" if trial.metric is None else f"{trial.metric:.4f}",
+            "" if trial.objective is None else f"{trial.objective:,.5g}",
+            "" if not trial.objective else f"{result.ratio(trial):.3g}",
+            "" if trial.probability is None else f"{trial.probability:.2f}",
+            f"{trial.standing} {trial.message}"[:60].strip(),
+            f"{trial.seconds:.0f} s",
+            "dense" if trial.parent is None else str(trial.parent),
+            style="bold green" if trial == result.best else None,
+        )
+    return found
+
+
+def summary(result: SearchResult) -> str:
+    """The outcome in a sentence."""
+    best = result.best
+    if best is not None:
+        return (
+            f"Trial {best.number} is best: {show(best.values)}; "
+            f"{result.objective} {best.objective:,.5g} "
+            f"{result.unit} ({result.ratio(best):.1f} × better than dense) at {result.metric} "
+            f"{best.metric:.4f}, of {requirement(result)}{_sure(result, best)}"
+            f"{_confirmed(result, best)}.{'' if result.rescored is None else f' {result.rescored}'}"
+        )
+    text = f"No trial is feasible: none of {len(result.trials)} has {requirement(result)}."
+    miss = result.nearest_miss
+    if miss is not None:
+        text += (
+            f" Nearest miss: trial {miss.number} with {result.metric} {miss.evidence:.4f} at "
+            f"{show(miss.values)}; widen the range, train longer, or raise the tolerance."
+        )
+    return text
+
+
+def requirement(result: SearchResult) -> str:
+    """What a trial must fulfil, in words."""
+    sign = "≥" if result.mode == "max" else "≤"
+    sure = "" if result.confidence is None else f" with probability {result.confidence:g}"
+    return f"{result.metric} {sign} {result.level:.4f}{sure} (dense: {result.baseline.metric:.4f})"
+
+
+def _confirmed(result: SearchResult, best: Trial) -> str:
+    if best.runs:
+        return f"; confirmed by another run, mean {result.metric} {best.evidence:.4f}"
+    if any(t.confirms is not None for t in result.trials):
+        return "; not confirmed: the runs for that were spent on trials that did not hold"
+    return ""
+
+
+def _sure(result: SearchResult, trial: Trial) -> str:
+    if trial.probability is None:
+        return ""
+    noise = noise_text(trial.variance, trial.basis, result.baseline.samples)
+    return f"; feasible with probability {trial.probability:.2f}, its metric's noise {noise}"

@@ -1,0 +1,134 @@
+"""What a search knows of the dense model and of each compression that it tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from lightning_condensa.deploy import load_compressed
+from lightning_condensa.search.noise import Basis, Noise
+from lightning_condensa.search.trial import MODEL_FILE
+
+M = TypeVar("M", bound=nn.Module)
+State = Literal["feasible", "infeasible", "aborted", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The uncompressed model.
+
+    Attributes:
+        metric: Its metric on the validation data.
+        variance: Variance of a metric measured there.
+        objective: Its objective.
+        samples: Validation samples; ``None`` where the loader does not know.
+        basis: From what the variance is known.
+    """
+
+    metric: float
+    variance: float
+    objective: float
+    samples: int | None
+    basis: Basis = "binomial"
+
+    @property
+    def noise(self) -> Noise:
+        """Of a metric measured there."""
+        return Noise(self.variance, self.basis)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluated compression.
+
+    Attributes:
+        number: Its number in the study.
+        values: The scheme's dimensions.
+        state: ``"feasible"``, ``"infeasible"``, ``"aborted"`` (it could no longer become
+            feasible; metric and model are the best until then), ``"diverged"`` or ``"failed"``.
+        metric: Metric of the compressed model; ``None`` where there is none.
+        variance: Variance of the metric's distance to the dense model's.
+        objective: Objective of the compressed model; for a diverged trial that of its structure.
+        details: The objective's details.
+        metrics: Everything that validation logged.
+        steps: Optimizer steps.
+        seconds: Wall-clock time.
+        message: The error of a diverged or failed trial.
+        directory: Where its logs and packed model are.
+        started: When it was handed out, in seconds since 1970; ``None`` where it is not known.
+        probability: How sure it is, after all trials, that the model truly keeps the level: its
+            measured metric is drawn towards what the others make one expect of it. ``None`` while
+            the search runs.
+        basis: From what the variance is known.
+        confirms: The trial of which it is another run; such a run is evidence, and never the best.
+        runs: Metrics of further runs of the trial, with other seeds; ``None`` of one that diverged.
+            Together with the trial's own they decide whether it is feasible.
+        parent: The trial whose model it started from; ``None`` for the uncompressed one.
+        curve: ``(progress, metric)`` of the validations in training.
+        bound: What the metric of an aborted trial would have stayed short of.
+    """
+
+    number: int
+    values: dict[str, Any]
+    state: State
+    metric: float | None
+    variance: float
+    objective: float | None
+    details: dict[str, Any]
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+    message: str
+    directory: Path
+    started: float | None = None
+    probability: float | None = None
+    basis: Basis = "binomial"
+    confirms: int | None = None
+    runs: tuple[float | None, ...] = ()
+    parent: int | None = None
+    curve: Sequence[Sequence[float]] = ()
+    bound: float | None = None
+
+    @property
+    def evidence(self) -> float | None:
+        """Mean metric of all runs; ``None`` where one has none."""
+        known = [m for m in (self.metric, *self.runs) if m is not None]
+        return fmean(known) if len(known) == 1 + len(self.runs) else None
+
+    @property
+    def standing(self) -> str:
+        """The state, and what further runs have to do with it."""
+        if self.confirms is not None:
+            return f"{self.state}, another run of trial {self.confirms}"
+        if not self.runs:
+            return self.state
+        confirmed = "confirmed" if self.state == "feasible" else "not confirmed"
+        mean = "a run diverged" if self.evidence is None else f"mean {self.evidence:.4f}"
+        return f"{self.state}, {confirmed}: {mean} of {1 + len(self.runs)} runs"
+
+    @property
+    def path(self) -> Path:
+        """The packed model."""
+        return self.directory / MODEL_FILE
+
+    def load(self, module: M) -> M:
+        """Load the trial's compressed model into a module of its class, in place."""
+        return load_compressed(self.path, module)
+
+
+def show(values: Mapping[str, Any]) -> str:
+    """Values of a scheme's dimensions for people.
+
+    Example:
+        >>> show({"prune.density": 0.0123456, "quantize.dtype": "int8"})
+        'prune.density = 0.01235, quantize.dtype = int8'
+    """
+    return ", ".join(
+        f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
+        for name, value in values.items()
+    )
