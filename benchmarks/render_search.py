@@ -133,11 +133,12 @@ def search_scaling() -> str | None:
             f"{r['efficiency']:.0%}",
             f"{r['against the first row']:.0%}",
             f"{r['beyond the sleep, median']:.1f} s",
+            f"{r['load']:.1f}",
         ]
         for r in rows
     ]
     ideal = ["`fit`", "sleep alone", "sleep alone / `fit`", "against one worker"]
-    header = ["workers", *ideal, "a trial beyond its sleep"]
+    header = ["workers", *ideal, "a trial beyond its sleep", "load"]
     regrets = [
         [
             r["objective"],
