@@ -1,6 +1,7 @@
 """What to compress for: bytes, parameters, FLOPs, latency, throughput, or any callable."""
 
-from lightning_condensa.objectives.base import CallableObjective, Direction, Objective, as_objective
+from lightning_condensa.objectives.base import CallableObjective, Direction, Objective
+from lightning_condensa.objectives.named import as_objective
 from lightning_condensa.objectives.size import FileSize, FLOPs, MemoryFootprint, Parameters
 from lightning_condensa.objectives.timing import Latency, Throughput
 

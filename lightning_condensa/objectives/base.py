@@ -70,35 +70,6 @@ class CallableObjective(Objective):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
-def as_objective(
-    objective: Objective | Callable[[CompressedModel], float], direction: Direction | None
-) -> Objective:
-    """An objective from what a user may pass.
-
-    Raises:
-        ValueError: If a plain callable comes without a direction, or an objective with another
-            direction than its own.
-    """
-    if isinstance(objective, Objective):
-        if direction is not None and direction != objective.direction:
-            raise ValueError(
-                f"direction={direction!r} contradicts {objective.name}, which is "
-                f"{objective.direction}imized"
-            )
-        return objective
-    if not callable(objective):
-        raise ValueError(
-            "objective must be an Objective such as MemoryFootprint() or a callable "
-            f"(CompressedModel) -> float, got {objective!r}"
-        )
-    if direction not in ("min", "max"):
-        raise ValueError(
-            "a callable objective needs direction='min' or direction='max', "
-            f"got direction={direction!r}"
-        )
-    return CallableObjective(objective, direction)
-
-
 def example_of(module: nn.Module, example: Any, objective: str) -> tuple[Any, ...]:
     """The positional inputs to run ``module`` with: those given, else its own example.
 

@@ -109,6 +109,8 @@ def crossing(values: Sequence[float], metrics: Sequence[float], level: float) ->
 def _draw_cliff(axes: Axes, result: SearchResult) -> None:
     curve = result.curve
     assert curve is not None
+    if result.level is None:
+        return
     cliff = crossing(curve.values, curve.center, result.level)
     if cliff is None:
         return

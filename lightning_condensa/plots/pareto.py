@@ -53,6 +53,8 @@ def plot_pareto(result: SearchResult, axes: Axes | None = None) -> Figure:
             label="Pareto front",
         )
     draw_levels(axes, result)
+    if result.budget is not None:
+        axes.axvline(result.budget, color="tab:red", linestyle="--", label="budget")
     dense = result.baseline
     axes.plot(dense.objective, dense.metric, "s", color="tab:gray")
     scored = [
@@ -65,7 +67,8 @@ def plot_pareto(result: SearchResult, axes: Axes | None = None) -> Figure:
     best = result.best
     if best is not None and best.objective is not None and best.metric is not None:
         draw_best(axes, best.objective, best.metric)
-    scale(axes, "x", [dense.objective, *objectives])
+    asked = [] if result.budget is None else [result.budget]
+    scale(axes, "x", [dense.objective, *objectives, *asked])
     axes.set_xlabel(plain(f"{result.objective} [{result.unit}]"))
     axes.set_ylabel(plain(result.metric))
     focus(axes, result)

@@ -128,6 +128,8 @@ def draw_best(axes: Axes, x: float, y: float) -> None:
 def draw_levels(axes: Axes, result: SearchResult) -> None:
     """Draw the dense model's metric and what is asked of it, as horizontal lines."""
     axes.axhline(result.baseline.metric, color="tab:gray", linestyle=":", label="dense")
+    if result.level is None or result.target is None:
+        return
     axes.axhline(result.level, color="tab:red", linestyle="--", label="tolerance")
     if result.target != result.level:
         axes.axhline(result.target, color="tab:orange", linestyle="-.", label="shows by itself")
@@ -165,7 +167,8 @@ def legend(axes: Axes, trials: Iterable[Trial], *, above: bool = False) -> None:
 def focus(axes: Axes, result: SearchResult) -> None:
     """Choose the range of metrics to show, on the y axis: what decides, not a band's far end."""
     decisive = [t.metric for t in result.trials if t.metric is not None]
-    decisive += [result.baseline.metric, result.level, result.target]
-    decisive.append(3 * result.level - 2 * result.baseline.metric)
+    decisive.append(result.baseline.metric)
+    if result.level is not None and result.target is not None:
+        decisive += [result.level, result.target, 3 * result.level - 2 * result.baseline.metric]
     margin = 0.1 * (max(decisive) - min(decisive)) or 0.01
     axes.set_ylim(min(decisive) - margin, max(decisive) + margin)

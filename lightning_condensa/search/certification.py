@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_condensa.search.problem import Observation
 
-__all__ = ["margin_of", "probability_of_level"]
+__all__ = ["expected_metric", "margin_of", "probability_of_level"]
 
 
 def margin_of(confidence: float | None) -> float:
@@ -26,6 +26,33 @@ def margin_of(confidence: float | None) -> float:
     if not number or not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
     return float(torch.special.ndtri(torch.tensor(confidence, dtype=torch.float64)))
+
+
+def expected_metric(seen: Observation, mean: Tensor, variance: Tensor) -> Tensor:
+    """What each member of an ensemble takes the metric of a measured model to be.
+
+    The measurement is drawn towards what the member expects at its point by Bayes' rule.
+
+    Args:
+        seen: A measurement.
+        mean: What the members expect, shape ``[S]``.
+        variance: How far a training run falls from that, without the noise of measuring, ``[S]``.
+
+    Returns:
+        Shape ``[S]``.
+
+    Raises:
+        ValueError: If nothing was measured.
+
+    Example:
+        >>> seen = Observation(torch.zeros(1), metric=0.97, variance=1e-4, utility=None)
+        >>> expected_metric(seen, torch.tensor([0.95]), torch.tensor([1e-4]))
+        tensor([0.9600])
+    """
+    if seen.metric is None:
+        raise ValueError("seen must have a metric, got a censored observation")
+    gain = 1 / (1 + max(seen.variance, 1e-18) / variance.clamp(min=1e-18))
+    return mean + gain * (seen.metric - mean)
 
 
 def probability_of_level(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.dense import DenseModel, weights_hash
 from lightning_condensa.search.dispatch import ExecutorLike
 from lightning_condensa.search.formulation import Formulation
+from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.noise import NoiseModel
 from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.recorder import ScoreRecorder
@@ -29,7 +29,7 @@ from lightning_condensa.search.run import SearchRun
 from lightning_condensa.search.scores import SCORES_FILE, PerSample
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Store
-from lightning_condensa.search.strategies import make_strategy
+from lightning_condensa.search.strategies import strategy_for
 from lightning_condensa.search.trial import Data, Mode
 
 #: A killed driver's data loaders may outlive it, and its lock, for some seconds.
@@ -39,22 +39,27 @@ _LOCK_SECONDS = 10.0
 class CondensaSearch:
     """Find how far a scheme can go: best objective with the metric within a tolerance.
 
+    Or the other way round, with a ``budget``: best metric with the objective within it.
+
     The objective is known before training (bytes and FLOPs follow from the structure, latency is
     timed on an untrained copy); what is learned, from one Trainer run per trial, is where the
     metric falls off. The result is always a trial that was evaluated.
 
     Everything is kept in ``storage`` as soon as a trial ends: called again with the same
     arguments, :meth:`fit` goes on where it was interrupted, and ``max_trials`` and ``tolerance``
-    may have changed.
+    (or ``budget``) may have changed.
 
     Args:
         scheme: A scheme with a :class:`~lightning_condensa.Range` or
             :class:`~lightning_condensa.Choice` in it.
-        objective: What to optimize: an :class:`~lightning_condensa.objectives.Objective`, or any
-            callable ``(CompressedModel) -> float`` together with ``direction``.
+        objective: What to optimize, or to keep within the budget: an
+            :class:`~lightning_condensa.objectives.Objective`, the name of one (``"memory"``,
+            ``"file_size"``, ``"parameters"``, ``"flops"``, ``"latency"`` or ``"throughput"``), or
+            any callable ``(CompressedModel) -> float`` together with ``direction``.
         metric: A metric that the module logs in validation.
         mode: Whether more (``"max"``) or less (``"min"``) of the metric is better.
         tolerance: How far the metric may be from the uncompressed model's, in its own units.
+            Either this or ``budget`` must be given.
         max_trials: Trainer runs, failed ones included, confirmations not.
         trainer: Keyword arguments of each trial's ``Trainer``; callbacks are copied per trial.
         callback: Keyword arguments of each trial's :class:`~lightning_condensa.CondensaCallback`.
@@ -65,12 +70,15 @@ class CondensaSearch:
             again should it break); this process where ``None``. The module and data must then be
             picklable, and ``dirpath`` a place that workers and this process share.
         method: ``"auto"``, ``"paper"`` (the published two-step method), ``"bisection"``,
-            ``"random"`` or ``"grid"``.
+            ``"random"`` or ``"grid"``; the second and third look for a tolerance's edge, and do
+            not know of budgets.
+        budget: What the objective may come to at most, in its own unit, such as ``1_000_000``
+            bytes; at least, where it is maximized. The metric is then what is optimized.
         parallel: Trials at the same time; as many as the executor has workers where ``None``.
         direction: Direction of a callable objective.
         confidence: Probability with which a trial must truly keep the level to count as feasible,
             by what all trials say of it (:attr:`Trial.probability`). ``None`` asks for the measured
-            metric only.
+            metric only, as a search within a budget does.
         metric_std: Standard deviation of one measurement of the metric's distance to the
             uncompressed model's. Where ``None``, it comes from comparing both models sample by
             sample, or else from the number of validation samples.
@@ -118,16 +126,17 @@ class CondensaSearch:
     def __init__(
         self,
         scheme: Scheme,
-        objective: Objective | Callable[[CompressedModel], float],
+        objective: str | Objective | Callable[[CompressedModel], float],
         metric: str,
         mode: Mode = "max",
-        tolerance: float = 0.02,
+        tolerance: float | None = None,
         max_trials: int = 10,
         trainer: Mapping[str, Any] | None = None,
         callback: Mapping[str, Any] | None = None,
         storage: str | BaseStorage | None = None,
         executor: ExecutorLike | None = None,
         *,
+        budget: float | None = None,
         method: str = "auto",
         parallel: int | None = None,
         direction: Direction | None = None,
@@ -145,10 +154,6 @@ class CondensaSearch:
     ) -> None:
         if not isinstance(scheme, Scheme):
             raise ValueError(f"scheme must be a scheme such as Prune(Range(…)), got {scheme!r}")
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
-        if not _is_number(tolerance) or not 0 <= tolerance < math.inf:
-            raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
         if not isinstance(max_trials, int) or max_trials < 1:
             raise ValueError(f"max_trials must be an int >= 1, got {max_trials!r}")
         if not isinstance(confirm, int) or isinstance(confirm, bool) or confirm < 0:
@@ -176,11 +181,11 @@ class CondensaSearch:
         self.objective = as_objective(objective, direction)
         self.metric = metric
         self.mode = mode
-        self.tolerance = float(tolerance)
+        self.goal = Goal(mode, self.objective.direction, tolerance, budget)
         self.max_trials = max_trials
         self.trainer = dict(trainer or {})
         self.callback = dict(callback or {})
-        self.strategy = make_strategy(method)
+        self.strategy = strategy_for(method, self.goal)
         self.executor, self.parallel = executor, parallel
         self.metric_std, self.per_sample = metric_std, per_sample
         self.confirm = confirm
@@ -192,6 +197,11 @@ class CondensaSearch:
         self.study_name = study_name
         self.progress = progress
         self.confidence, self.z = confidence, margin_of(confidence)
+        if confidence is not None and budget is not None:
+            raise ValueError(
+                f"confidence={confidence} is that of keeping a level of the metric, and none is to "
+                f"be kept within budget={budget}; confirm= trains the best again"
+            )
 
     def fit(
         self,
@@ -219,14 +229,14 @@ class CondensaSearch:
         self.dirpath.mkdir(parents=True, exist_ok=True)
         runs = self.max_trials + self.confirm
         with self._alone(), SearchProgress(runs, self.progress) as progress:
-            store = Store(self.storage, self.study_name, self.objective.direction)
+            store = Store(self.storage, self.study_name, self.goal.optimized)
             store.claim(self._config(model))
             progress.status("measuring the dense model", 0)
             dense = DenseModel(self, store, model, data)
             baseline = dense.baseline()
             progress.status("evaluating the objective on projected models", 0)
             formulation = Formulation(
-                self.space, self.objective, model, baseline, self.mode, self.tolerance, self.z
+                self.space, self.objective, model, baseline, self.goal, self.z
             )
             if self.scan and formulation.scannable:
                 progress.status("measuring one dimension at a time", 0)
@@ -265,8 +275,10 @@ class CondensaSearch:
             lock.release()
 
     def _config(self, model: nn.Module) -> dict[str, Any]:
-        """What makes two searches the same; the tolerance and the budget may change."""
+        """What makes two searches the same; how much is tolerated, or run, may change."""
+        kind = {} if self.goal.budget is None else {"goal": "budget"}
         return {
+            **kind,
             "scheme": self.space.scheme.to_yaml(),
             "objective": self.objective.name,
             "metric": self.metric,

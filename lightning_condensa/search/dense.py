@@ -63,7 +63,11 @@ class DenseModel:
             }
             self._store.set("baseline", known)
         noise = expected_noise(
-            known["metric"], known["samples"], search.tolerance, search.metric_std, self.scores()
+            known["metric"],
+            known["samples"],
+            search.goal.small(known["metric"]),
+            search.metric_std,
+            self.scores(),
         )
         return Baseline(
             known["metric"], noise.variance, known["objective"], known["samples"], noise.basis

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_condensa.search.certification import probability_of_level
+from lightning_condensa.search.certification import expected_metric, probability_of_level
 from lightning_condensa.search.cliff import RUN_SD
 from lightning_condensa.search.damage import DamageCurves, DamagePrior, features
-from lightning_condensa.search.feasibility import Feasibility, aim
+from lightning_condensa.search.feasibility import Feasibility, Outlook, aim
 from lightning_condensa.search.problem import Observation, Problem
 
 __all__ = ["DamageEnsemble", "DamageMixture"]
@@ -131,12 +131,23 @@ class DamageMixture:
         margins = [part.feasibility(X).margin for part in self.parts]
         return Feasibility(torch.cat(margins, dim=-2), self.log_weights)
 
+    def outlook(self, X: Tensor) -> Outlook:
+        """The metric at ``X`` [..., q, d], over the members of both ensembles."""
+        found = [p.predictive(X, p.predictive_discrepancy) for p in self.parts]
+        mean = torch.cat([metric for metric, _ in found], dim=-2)
+        variance = torch.cat([spread for _, spread in found], dim=-2)
+        sd = (variance - self.parts[0].noise_variance).clamp(min=1e-16).sqrt()
+        return Outlook(mean, sd, self.log_weights)
+
+    def worth(self, seen: Observation) -> Tensor:
+        """What each member takes a measured model to be, shape ``[S]``."""
+        mean, sd, _ = self.outlook(seen.point[None])
+        return expected_metric(seen, mean[:, 0], sd[:, 0] ** 2)
+
     def certainty(self, seen: Observation, level: float) -> float:
         """Probability that a model of the history truly reaches a level."""
-        found = [p.predictive(seen.point[None], p.predictive_discrepancy) for p in self.parts]
-        mean = torch.cat([metric[:, 0] for metric, _ in found])
-        variance = torch.cat([spread[:, 0] for _, spread in found]) - self.parts[0].noise_variance
-        return probability_of_level(seen, level, mean, variance, self.log_weights)
+        mean, sd, _ = self.outlook(seen.point[None])
+        return probability_of_level(seen, level, mean[:, 0], sd[:, 0] ** 2, self.log_weights)
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted mean and quantiles of the members at ``X`` [N, d]."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_condensa.search.problem import Observation, Problem
 
-__all__ = ["Feasibility", "FeasibilityModel", "aim", "enough", "feasible_ones"]
+__all__ = ["Feasibility", "FeasibilityModel", "Outlook", "aim", "enough", "feasible_ones"]
 
 #: Share of the margin that a trial is meant to show by itself where others can speak for it. Of
 #: 1, 0.7, 0.5 and 0.3 on synthetic cliffs, half came nearest to the optimum without more winners
@@ -44,8 +44,24 @@ class Feasibility(NamedTuple):
         return probability
 
 
+class Outlook(NamedTuple):
+    """The metric that training would give, given each of ``S`` members: independent normals.
+
+    On a scale of the model's own that grows with the metric; without the noise of measuring.
+
+    Args:
+        mean: Shape ``[..., S, q]``.
+        sd: Standard deviations, > 0, of that shape.
+        log_weights: Log-probabilities of the members, shape ``[S]``.
+    """
+
+    mean: Tensor
+    sd: Tensor
+    log_weights: Tensor
+
+
 class FeasibilityModel(Protocol):
-    """A model of the metric that an acquisition of a known objective can use."""
+    """A model of the metric that an acquisition can use."""
 
     def feasibility(self, X: Tensor) -> Feasibility:
         """Feasibility of the ``q`` points of each batch, jointly; ``X`` is ``[..., q, d]``."""
@@ -53,6 +69,18 @@ class FeasibilityModel(Protocol):
 
     def certainty(self, seen: Observation, level: float) -> float:
         """Probability that a model of the history truly reaches a level."""
+        ...
+
+    def outlook(self, X: Tensor) -> Outlook:
+        """The metric at the ``q`` points of each batch, jointly; ``X`` is ``[..., q, d]``."""
+        ...
+
+    def worth(self, seen: Observation) -> Tensor:
+        """What a measured model of the history is truly expected to be, on the outlook's scale.
+
+        Shape ``[S]``; of a batch of several points the members are others, in which case it is
+        one value, ``[1]``.
+        """
         ...
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,9 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_condensa.objectives import Objective
+from lightning_condensa.search.budget import possible
+from lightning_condensa.search.feasibility import enough
+from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.landscape import Landscape
 from lightning_condensa.search.noise import Noise
 from lightning_condensa.search.problem import Observation, Problem
@@ -19,7 +22,7 @@ from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import Record
 from lightning_condensa.search.strategies import Strategy
-from lightning_condensa.search.trial import Mode
+from lightning_condensa.search.trial import TrialOutcome
 from lightning_condensa.search.trials import Baseline
 
 #: Constraint of a diverged trial: infeasible by far, and finite, which the dashboard needs.
@@ -34,15 +37,18 @@ class Formulation:
         objective: What is optimized.
         model: The uncompressed model.
         baseline: Its figures.
-        mode: Direction of the metric.
-        tolerance: How far the metric may be from the baseline's.
+        goal: What is asked for.
         z: Margin in standard deviations of the metric's noise.
 
     Attributes:
         candidates: The values that can be proposed.
         points: Their coordinates, float64 of shape ``(N, d)``.
         landscape: Their objective, and that of every other point.
+        level: The metric to keep; ``None`` where there is a budget.
         problem: What the strategy is told.
+
+    Raises:
+        ValueError: If no candidate keeps the budget.
     """
 
     def __init__(
@@ -51,17 +57,17 @@ class Formulation:
         objective: Objective,
         model: pl.LightningModule,
         baseline: Baseline,
-        mode: Mode,
-        tolerance: float,
+        goal: Goal,
         z: float,
     ) -> None:
-        self.space, self.baseline = space, baseline
-        self.sign = 1.0 if mode == "max" else -1.0
-        self.level = baseline.metric - self.sign * tolerance
-        self.landscape = Landscape(objective, space, model, baseline.objective)
+        self.space, self.baseline, self.goal = space, baseline, goal
+        self.sign = goal.sign
+        self.level = goal.level(baseline.metric)
+        self.small = goal.small(baseline.metric)
+        self.landscape = Landscape(objective, space, model, baseline.objective, goal.budget)
         self.candidates, self.points = self.landscape.candidates, self.landscape.points
         self.utility = self.landscape.utility
-        accurate = mode == "max" and 0 < baseline.metric <= 1
+        accurate = goal.mode == "max" and 0 < baseline.metric <= 1
         self.problem = Problem(
             candidates=self.points,
             utility=self.landscape.utilities,
@@ -71,14 +77,20 @@ class Formulation:
                 variance=baseline.variance,
                 utility=self.utility(baseline.objective),
             ),
-            level=self.sign * self.level,
+            level=self.sign * baseline.metric - self.small,
             noise_variance=baseline.variance,
             cliff=space.is_density and accurate,
             z=z,
             domain=self.landscape.domain,
             accuracy=self.landscape.domain is not None and accurate,
+            budget=None if goal.budget is None else self.utility(goal.budget),
         )
-        self._tolerance = tolerance
+        if not bool(possible(self.problem, []).any()):
+            nearest = self.landscape.known[int(self.problem.utility.argmax())]
+            raise ValueError(
+                f"budget={goal.budget!r} is out of reach: the {objective.name} that this scheme "
+                f"comes nearest with is {nearest:.6g} {objective.unit}"
+            )
 
     @property
     def scannable(self) -> bool:
@@ -87,7 +99,7 @@ class Formulation:
 
     def use(self, sensitivity: Sensitivity) -> None:
         """Tell the strategy of a scan."""
-        loss = max(2 * self._tolerance, 0.02)
+        loss = max(2 * self.small, 0.02)
         if self.problem.cliff:  # its curves begin at the dense model, wherever the range does
             sensitivity = replace(sensitivity, reference=self.baseline.metric)
         self.problem = replace(self.problem, scan=sensitivity.prior(self.space, loss, self.sign))
@@ -101,8 +113,10 @@ class Formulation:
         ]
         return replace(self.problem, noise_variance=min(seen)[1]) if seen else self.problem
 
-    def target(self, history: Sequence[Observation]) -> float:
-        """The metric that the next trial must show."""
+    def target(self, history: Sequence[Observation]) -> float | None:
+        """The metric that the next trial must show; ``None`` where there is a budget."""
+        if self.level is None:
+            return None
         return self.sign * self.expecting(history).target
 
     def observation(
@@ -131,7 +145,7 @@ class Formulation:
         """
         outcome = record.outcome
         own = self.noise_of(record).variance
-        if outcome.bound is not None and self.violation(outcome.metric, own) > 0:
+        if outcome.bound is not None and not self._redeemed(outcome, own):
             return Observation(
                 self.space.coordinates(record.values),
                 metric=None,
@@ -150,10 +164,40 @@ class Formulation:
         paired = record.basis == "paired" and self.baseline.basis != "given"
         return Noise(record.variance, "paired") if paired else self.baseline.noise
 
-    def violation(self, metric: float | None, variance: float | None = None) -> float:
-        """How far a metric of some variance misses its target; at most 0 where it is feasible."""
+    def _redeemed(self, outcome: TrialOutcome, variance: float) -> bool:
+        """Whether an aborted trial keeps the level that the search has now."""
+        return self.level is not None and self.violation(outcome.metric, None, variance) <= 0
+
+    def feasible(self, outcome: TrialOutcome, seen: Observation, probability: float | None) -> bool:
+        """Whether a trial counts as feasible.
+
+        Args:
+            outcome: The trial's.
+            seen: What all its runs have shown.
+            probability: That its model truly keeps the level, where that has been judged.
+        """
+        if self.level is None:
+            return seen.metric is not None and self.goal.within(outcome.objective)
+        return enough(self.problem, seen, probability)
+
+    def violation(
+        self, metric: float | None, objective: float | None, variance: float | None = None
+    ) -> float:
+        """How far a trial misses what is asked for; at most 0 where it is feasible.
+
+        With a budget, by which share of it (in its logarithm) the objective is off.
+
+        Args:
+            metric: Its metric; ``None`` where it diverged.
+            objective: Its objective.
+            variance: Of the metric; that of the baseline where ``None``.
+        """
         if metric is None:
             return DIVERGED_VIOLATION
+        if self.problem.budget is not None:
+            if objective is None:
+                return DIVERGED_VIOLATION
+            return self.problem.budget - self.utility(objective)
         variance = self.baseline.variance if variance is None else variance
         return self.problem.level + self.problem.z * math.sqrt(variance) - self.sign * metric
 

@@ -25,6 +25,8 @@ __all__ = ["Landscape"]
 _ANCHORS, _PAIR_ANCHORS = 10, 6
 #: Combinations on which sums of tables are tested, and the relative error that is let pass.
 _TESTS, _ACCEPTED = 8, 0.02
+#: Relative distance from a budget within which an interpolated objective is not relied on.
+_UNSURE = 0.05
 
 
 class Landscape:
@@ -41,6 +43,7 @@ class Landscape:
         space: The open dimensions.
         module: The uncompressed module.
         dense: Its objective.
+        budget: What the objective may come to: where that is decided, it is not interpolated.
 
     Attributes:
         candidates: Values for strategies that choose from a list.
@@ -51,7 +54,12 @@ class Landscape:
     """
 
     def __init__(
-        self, objective: Objective, space: SearchSpace, module: pl.LightningModule, dense: float
+        self,
+        objective: Objective,
+        space: SearchSpace,
+        module: pl.LightningModule,
+        dense: float,
+        budget: float | None = None,
     ) -> None:
         self.measure = KnownObjective(objective, space, module)
         self.domain: Domain | None = None
@@ -59,10 +67,12 @@ class Landscape:
             self.candidates = space.candidates(module)
             self.known = known_objective(self.measure, space, self.candidates)
             self.utility = Utility(objective, [*self.known, dense])
+            if budget is not None:
+                self._look_near(budget)
         else:
             table = _Table(self.measure, space, module)
             self.utility = Utility(objective, [*table.measured, dense])
-            self.domain = table.domain(self.utility)
+            self.domain = table.domain(self.utility, exact=budget is not None)
             level = distinct(torch.cat([self.domain.diagonals(), self.domain.random(SOBOL)]))
             self.candidates = [table.values(row) for row in level]
             self.known = table(level).tolist()
@@ -73,6 +83,13 @@ class Landscape:
     def utilities(self) -> Tensor:
         """Utilities of the candidates, float64 of shape ``(N,)``."""
         return utilities(self.utility, self.known)
+
+    def _look_near(self, budget: float) -> None:
+        """Measure the candidates so near to a budget that interpolation does not tell."""
+        edge = self.utility(budget)
+        for i, values in enumerate(self.candidates):
+            if abs(self.utility(self.known[i]) - edge) <= _UNSURE:
+                self.known[i] = self.measure(values)
 
     def values(self, point: Tensor) -> dict[str, Any]:
         """The values of a proposed point ``(d,)``."""
@@ -122,20 +139,25 @@ class _Table:
         floor = 1e-3 * min(self.measured)  # sums must not leave the range of a positive objective
         return total.clamp(min=floor) if floor > 0 else total
 
-    def domain(self, utility: Utility) -> Domain:
-        """The combinations with the sums as their utility, measured where these are wrong."""
+    def domain(self, utility: Utility, exact: bool) -> Domain:
+        """The combinations with the sums as their utility.
+
+        Args:
+            utility: From objective to utility.
+            exact: Whether to measure what a proposal comes down to also where sums are right.
+        """
         axes = tuple(self._axis(name, own) for name, own in self.levels.items())
 
         def summed(level: Tensor) -> Tensor:
             return utility.of(self(level))
 
-        def exact(level: Tensor) -> Tensor:
+        def measured(level: Tensor) -> Tensor:
             return utilities(utility, [self.measure(self.values(row)) for row in level])
 
         domain = Domain(axes, summed)
         tests = domain.random(_TESTS, seed=0)
-        wrong = float((summed(tests) - exact(tests)).abs().max())
-        return domain if wrong <= _ACCEPTED else Domain(axes, summed, exact)
+        wrong = float((summed(tests) - measured(tests)).abs().max())
+        return Domain(axes, summed, measured) if exact or wrong > _ACCEPTED else domain
 
     def _axis(self, name: str, values: Sequence[Any]) -> Axis:
         levels = torch.stack([self.space.coordinate(name, value) for value in values])

@@ -41,6 +41,7 @@ class Overview:
             f"search/{result.metric}": trial.metric,
             "search/objective": trial.objective,
             "search/best_objective": None if result.best is None else result.best.objective,
+            "search/best_metric": None if result.best is None else result.best.metric,
         }
         with SummaryWriter(str(self._directory)) as writer:
             for name, value in scalars.items():

@@ -13,6 +13,8 @@ __all__ = ["around", "between", "frontier", "neighbours", "trust_region"]
 
 #: Utility that a unit of damage costs; a point of accuracy is 0.01 of damage.
 PRICES = (8.0, 20.0, 45.0, 90.0, 180.0, 400.0, 1000.0, 4000.0)
+#: In a budget more may have to be lost than any tolerance would allow.
+BUDGET_PRICES = (0.3, 0.7, 1.5, 3.0, *PRICES)
 _SWEEPS = 3
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_condensa.search.domain import Domain
 
-__all__ = ["Observation", "Problem", "best_feasible", "nearest_miss"]
+__all__ = ["Observation", "Problem", "best_feasible", "best_within", "nearest_miss"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class Problem:
         scan: What the untrained network loses in each dimension by itself, shape ``[d]``: for a
             range the coordinate at which it loses the first points, for each option of a choice
             the loss; NaN where unknown. It need not be right.
+        budget: The utility that a candidate must have. With one, the metric is maximized, and
+            ``level`` is what counts as an improvement of it. None where the level must be kept.
 
     Raises:
         ValueError: If there are no candidates or a field contradicts another.
@@ -124,6 +126,7 @@ class Problem:
     domain: Domain | None = None
     accuracy: bool = False
     scan: Tensor | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         """Validate once, at the boundary."""
@@ -162,6 +165,8 @@ class Problem:
             )
         if self.scan is not None and self.scan.shape != (d,):
             raise ValueError(f"scan must have shape [{d}], got {list(self.scan.shape)}")
+        if self.budget is not None and not math.isfinite(self.budget):
+            raise ValueError(f"budget must be finite (or None), got {self.budget}")
         if self.cliff and bool((self.candidates < 0).any()):
             raise ValueError("cliff needs candidates u = -ln(density) >= 0, got negative ones")
 
@@ -230,6 +235,32 @@ def best_feasible(observations: Sequence[Observation], level: float, z: float = 
         if observation.utility is not None and observation.feasible(level, z)
     ]
     return -max(ranked)[1] if ranked else None
+
+
+def best_within(observations: Sequence[Observation], budget: float) -> int | None:
+    """Index of the observation of greatest metric among those within a budget.
+
+    Args:
+        observations: Finished evaluations; those without a measured utility do not take part.
+        budget: The utility that it must have.
+
+    Returns:
+        The index, the first of equals; None when nothing is within the budget.
+
+    Example:
+        >>> def seen(u, metric):
+        ...     return Observation(torch.tensor([u]), metric, 1e-6, utility=u)
+        >>> best_within([seen(1.0, 0.98), seen(2.0, 0.97), seen(3.0, 0.60)], budget=1.5)
+        1
+    """
+    within = [
+        (observation.metric, -index)
+        for index, observation in enumerate(observations)
+        if observation.metric is not None
+        and observation.utility is not None
+        and observation.utility >= budget
+    ]
+    return -max(within)[1] if within else None
 
 
 def nearest_miss(observations: Sequence[Observation]) -> int | None:

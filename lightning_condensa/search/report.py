@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lightning_condensa.deploy import inspect_packed
 from lightning_condensa.search.noise import Noise, noise_text
+from lightning_condensa.search.summary import requirement
 
 if TYPE_CHECKING:
     from lightning_condensa.search.result import SearchResult, Trial
@@ -87,7 +88,7 @@ def to_html(result: SearchResult) -> str:
     template = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     best = result.best
     return template.substitute(
-        title=escape(f"Search: {result.objective} with {result.metric} kept"),
+        title=escape(_title(result)),
         summary=escape(result.summary()),
         figures=_figures(result),
         trials=trial_cells(result).to_html(),
@@ -145,10 +146,9 @@ def _settings(result: SearchResult) -> Mapping[str, str]:
     settings = {
         "objective": f"{result.objective} [{result.unit}], {_direction(result.direction)}",
         "metric": f"{result.metric}, {_direction(result.mode)}",
+        **_asked(result),
         "dense model": f"{result.metric} {dense.metric:.5g}{samples}, "
         f"{result.objective} {dense.objective:,.6g} {result.unit}",
-        "tolerance": f"{abs(dense.metric - result.level):.4g}, so {result.metric} "
-        f"{'≥' if result.mode == 'max' else '≤'} {result.level:.5g}",
         "noise of the metric": _noise(result),
         "training": f"{sum(t.steps for t in result.trials):,} optimizer steps in "
         f"{len(result.trials)} trials, {sum(t.seconds for t in result.trials):,.0f} s",
@@ -160,6 +160,21 @@ def _settings(result: SearchResult) -> Mapping[str, str]:
     if result.confidence is not None:
         settings["confidence"] = f"feasible with a probability of {result.confidence:g} at least"
     return settings
+
+
+def _title(result: SearchResult) -> str:
+    if result.budget is None:
+        return f"Search: {result.objective} with {result.metric} kept"
+    return f"Search: {result.metric} with {requirement(result)}"
+
+
+def _asked(result: SearchResult) -> Mapping[str, str]:
+    if result.level is None:
+        return {"budget": f"{requirement(result)}; the best {result.metric} within it is sought"}
+    return {
+        "tolerance": f"{abs(result.baseline.metric - result.level):.4g}, so {result.metric} "
+        f"{'≥' if result.mode == 'max' else '≤'} {result.level:.5g}"
+    }
 
 
 def _noise(result: SearchResult) -> str:

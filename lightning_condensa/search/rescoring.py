@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 
 from lightning_condensa.functional.paired import paired_variance
+from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.metrics import Stage, count_samples, evaluate
 from lightning_condensa.search.noise import Basis, Noise, expected_noise, noise_text, unpaired
 from lightning_condensa.search.recorder import ScoreRecorder
@@ -35,8 +36,9 @@ class Rescored:
         samples: How many; ``None`` where the loader does not know.
         variance: Of the difference.
         basis: From what that is known.
-        probability: That the difference is truly within the tolerance, by these data alone. No
-            trial was chosen by them, so nothing has to be corrected for luck.
+        probability: That the difference is truly within the tolerance, by these data alone: no
+            trial was chosen by them, so nothing has to be corrected for luck. ``None`` without a
+            tolerance.
     """
 
     number: int
@@ -46,13 +48,15 @@ class Rescored:
     samples: int | None
     variance: float
     basis: Basis
-    probability: float
+    probability: float | None
 
     def __str__(self) -> str:
+        kept = ""
+        if self.probability is not None:
+            kept = f"within the tolerance with probability {self.probability:.2f}, "
         return (
-            f"On untouched data {self.metric} is {self.compressed:.4f} "
-            f"(dense: {self.dense:.4f}); within the tolerance with probability "
-            f"{self.probability:.2f}, noise {noise_text(self.variance, self.basis, self.samples)}."
+            f"On untouched data {self.metric} is {self.compressed:.4f} (dense: {self.dense:.4f}); "
+            f"{kept}noise {noise_text(self.variance, self.basis, self.samples)}."
         )
 
 
@@ -88,11 +92,14 @@ def rescore(
             scores.append(Scores.load(path / SCORES_FILE))
             loaders = runner.test_dataloaders if stage == "test" else runner.val_dataloaders
             samples = count_samples(loaders)
-    tolerance = abs(result.baseline.metric - result.level)
+    tolerance = None if result.level is None else abs(result.baseline.metric - result.level)
     if unpaired(scores[1], scores[0]):
-        noise = expected_noise(values[0], samples, tolerance, scores=scores[0])
+        goal = Goal(result.mode, result.direction, tolerance, result.budget)
+        noise = expected_noise(values[0], samples, goal.small(values[0]), scores=scores[0])
     else:
         noise = Noise(paired_variance(scores[1].values, scores[0].values), "paired")
+    if tolerance is None:
+        return Rescored(trial.number, name, values[0], values[1], samples, *noise, None)
     kept = tolerance + (values[1] - values[0]) * (1 if result.mode == "max" else -1)
     probability = NormalDist(kept, max(noise.variance, 1e-18) ** 0.5).cdf(0)
     return Rescored(trial.number, name, values[0], values[1], samples, *noise, 1 - probability)

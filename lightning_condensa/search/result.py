@@ -18,6 +18,7 @@ from rich.table import Table
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Direction
 from lightning_condensa.search import summary
+from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.report import to_html
 from lightning_condensa.search.rescoring import Rescored, rescore
 from lightning_condensa.search.scores import PerSample
@@ -56,9 +57,9 @@ class SearchResult:
     Attributes:
         baseline: The uncompressed model.
         trials: Every trial that ended, in order.
-        level: The metric to keep: the baseline's less the tolerance.
+        level: The metric to keep: the baseline's less the tolerance; ``None`` in a budget.
         target: The metric that shows by itself that a trial is feasible: the level, with the margin
-            that the asked confidence needs.
+            that the asked confidence needs; ``None`` in a budget.
         confidence: The probability with which a trial must be feasible to count as such; ``None``
             where its measured metric decides.
         metric: Name of the metric.
@@ -69,12 +70,13 @@ class SearchResult:
         curve: The surrogate along the dimension; ``None`` for several dimensions.
         scheme: The searched scheme as YAML, with its dimensions; empty where it is not known.
         rescored: What came out on untouched data, where :meth:`rescore` was called.
+        budget: What the objective may come to, where that was asked for instead of a level.
     """
 
     baseline: Baseline
     trials: tuple[Trial, ...]
-    level: float
-    target: float
+    level: float | None
+    target: float | None
     metric: str
     mode: Mode
     objective: str
@@ -84,16 +86,40 @@ class SearchResult:
     scheme: str = ""
     confidence: float | None = None
     rescored: Rescored | None = None
+    budget: float | None = None
 
     @property
     def best(self) -> Trial | None:
-        """The evaluated feasible trial with the best objective; ``None`` if none is feasible."""
-        feasible = [t for t in self.trials if t.state == "feasible" and t.confirms is None]
-        return _best(feasible, self.direction)
+        """The evaluated feasible trial with the best objective, in a budget with the best metric.
+
+        ``None`` if none is feasible.
+        """
+        return self.best_of(self.trials)
+
+    def best_of(self, trials: Sequence[Trial]) -> Trial | None:
+        """The best of some of the trials; ``None`` if none of them is feasible."""
+        if self.budget is None:
+            feasible = [t for t in trials if t.state == "feasible" and t.confirms is None]
+            return _best(feasible, self.direction)
+        # An aborted trial left a model, too, with the metric that it has.
+        kept = [
+            t
+            for t in trials
+            if t.state in ("feasible", "aborted") and t.confirms is None and t.evidence is not None
+        ]
+        sign = 1 if self.mode == "max" else -1
+        return max(kept, key=lambda t: sign * (t.evidence or 0.0), default=None)
 
     @property
     def nearest_miss(self) -> Trial | None:
-        """The evaluated trial whose metric comes nearest to the level from below."""
+        """The evaluated trial whose metric comes nearest to the level from below.
+
+        In a budget the one whose objective comes nearest to it.
+        """
+        if self.budget is not None:
+            goal = Goal(self.mode, self.direction, budget=self.budget)
+            over = [t for t in self.trials if t.metric is not None and not goal.within(t.objective)]
+            return _best(over, self.direction)
         sign = 1 if self.mode == "max" else -1
         missed = [
             t

@@ -184,12 +184,18 @@ class SearchRun:
         if not self.search.early_abort or trial.confirms is not None:
             return None
         told = self.formulation
+        target = told.level
+        if target is None:  # nothing to keep, but something to beat
+            best = self._judged().best
+            target = None if best is None else best.evidence
+        if target is None:
+            return None
         return AbortRule.learned(
             self.store.records(),
             warm,
-            target=told.level,
+            target=target,
             sign=told.sign,
-            tolerance=self.search.tolerance,
+            tolerance=told.small,
             variance=told.baseline.variance,
         )
 
@@ -199,13 +205,16 @@ class SearchRun:
             outcome = TrialOutcome(**{**outcome.to_dict(), "objective": known})
         directory = self._directory(trial.number)
         measured = outcome.metric is not None
-        noise = self.noise.of(directory) if measured else self.formulation.baseline.noise
+        told = self.formulation
+        noise = self.noise.of(directory) if measured else told.baseline.noise
         self.store.finish(
             trial.number,
             outcome,
             directory=str(directory),
             noise=noise,
-            violation=self.formulation.violation(outcome.metric, noise.variance),
+            value=outcome.objective if told.level is not None else outcome.metric,
+            violation=told.violation(outcome.metric, outcome.objective, noise.variance),
+            constraint="metric" if told.level is not None else "budget",
         )
 
     def _tell(self, trial: Started) -> None:
@@ -242,6 +251,7 @@ class SearchRun:
             ),
             level=formulation.level,
             target=formulation.target(self._history(records)),
+            budget=search.goal.budget,
             confidence=search.confidence,
             metric=search.metric,
             mode=search.mode,

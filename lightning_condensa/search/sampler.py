@@ -16,17 +16,19 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.objectives import Objective
 from lightning_condensa.schemes import Scheme
+from lightning_condensa.search.budget import possible
 from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.formulation import Formulation
+from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.metrics import noise_variance
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.space import SearchSpace
 from lightning_condensa.search.store import set_violation
-from lightning_condensa.search.strategies import make_strategy
+from lightning_condensa.search.strategies import strategy_for
 from lightning_condensa.search.trial import Mode
 from lightning_condensa.search.trials import Baseline
 
-_METRIC = "condensa_metric"
+_METRIC, _OBJECTIVE = "condensa_metric", "condensa_objective"
 
 
 class CondensaSampler(BaseSampler):
@@ -34,21 +36,24 @@ class CondensaSampler(BaseSampler):
 
     In the objective function :meth:`suggest` gives the trial's scheme, and :meth:`report` takes
     what training made of it: it sets the constraint ``metric ≥ baseline − tolerance``, so that
-    ``study.best_trial`` is feasible, and returns the value to be returned. Trials that run
+    ``study.best_trial`` is feasible, and returns the value to be returned. With ``budget`` the
+    constraint is on the objective, and the value is the metric. Trials that run
     elsewhere at the same time (``n_jobs``, several processes on one storage) are taken into
     account, failed ones are not proposed again, and the study stops when nothing is left to try.
 
     Args:
         scheme: With a ``Range`` or ``Choice`` in it.
         model: The uncompressed module, whose structure decides what can be tried.
-        objective: What is optimized; the study's direction must be its direction.
+        objective: What is optimized, or kept within the budget. The study's direction must be its
+            direction; with a budget, ``mode``.
         baseline: The uncompressed model's metric.
-        tolerance: How far the metric may be from it.
+        tolerance: How far the metric may be from it; either this or ``budget``.
         mode: Whether more (``"max"``) or less of the metric is better.
         method: As of ``CondensaSearch``.
         samples: Validation samples that the metric is measured on, for its noise.
         metric_std: Its standard deviation, where that is known.
-        confidence: Probability with which the winner shall be feasible.
+        confidence: Probability with which the winner shall be feasible; not with a budget.
+        budget: What the objective may come to.
         seed: Of the proposals.
 
     Raises:
@@ -81,8 +86,9 @@ class CondensaSampler(BaseSampler):
         model: pl.LightningModule,
         objective: Objective,
         baseline: float,
-        tolerance: float,
+        tolerance: float | None = None,
         *,
+        budget: float | None = None,
         mode: Mode = "max",
         method: str = "auto",
         samples: int | None = None,
@@ -90,24 +96,23 @@ class CondensaSampler(BaseSampler):
         confidence: float | None = None,
         seed: int = 0,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
-        if not 0 <= tolerance < math.inf:
-            raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}")
+        goal = Goal(mode, objective.direction, tolerance, budget)
+        if budget is not None and confidence is not None:
+            raise ValueError(f"confidence={confidence!r} needs a tolerance, got budget={budget!r}")
         if not math.isfinite(baseline):
             raise ValueError(f"baseline must be a finite number, got {baseline!r}")
         self._objective, self._seed = objective, seed
-        self._strategy = make_strategy(method)
+        self._strategy = strategy_for(method, goal)
         dense = Baseline(
             metric=baseline,
-            variance=noise_variance(baseline, samples, tolerance)
+            variance=noise_variance(baseline, samples, goal.small(baseline))
             if metric_std is None
             else metric_std**2,
             objective=objective(CompressedModel(model, {}, scheme)),
             samples=samples,
         )
         self._formulation = Formulation(
-            SearchSpace(scheme), objective, model, dense, mode, tolerance, margin_of(confidence)
+            SearchSpace(scheme), objective, model, dense, goal, margin_of(confidence)
         )
         self._independent = RandomSampler(seed=seed)
 
@@ -132,13 +137,19 @@ class CondensaSampler(BaseSampler):
             metric: Its metric; not finite where training diverged.
 
         Returns:
-            The objective, for the objective function to return.
+            The objective, for the objective function to return; with a budget the metric. One that
+            is not finite fails the trial, which is still known to have diverged.
         """
         known = metric if math.isfinite(metric) else None
+        objective = float(self._objective(compressed))
         trial.set_user_attr(_METRIC, known)
-        violation = self._formulation.violation(known)
+        trial.set_user_attr(_OBJECTIVE, objective)
+        violation = self._formulation.violation(known, objective)
+        if self._formulation.goal.budget is not None:
+            set_violation(trial, violation, "budget")
+            return metric
         set_violation(trial, violation)
-        return float(self._objective(compressed))
+        return objective
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -175,7 +186,9 @@ class CondensaSampler(BaseSampler):
         ended = {tuple(trial.params.values())} | {
             tuple(v.values()) for v in [*(v for v, _ in seen), *taken]
         }
-        if len(ended) >= len(self._formulation.candidates) and study._thread_local.in_optimize_loop:
+        history = [observation for _, observation in seen]
+        left = int(possible(self._formulation.problem, history).sum())
+        if len(ended) >= left and study._thread_local.in_optimize_loop:
             study.stop()
 
     def _propose(self, study: Study, number: int) -> dict[str, Any] | None:
@@ -195,9 +208,10 @@ class CondensaSampler(BaseSampler):
             values = {k: v for k, v in other.params.items() if k in names}
             if other.number == number or set(values) != names:
                 continue
-            if other.state == TrialState.COMPLETE and _METRIC in other.user_attrs:
+            if other.state.is_finished() and _METRIC in other.user_attrs:
                 metric = other.user_attrs[_METRIC]
-                objective = None if metric is None else other.value
+                known = other.user_attrs.get(_OBJECTIVE, other.value)
+                objective = None if metric is None else known
                 observation = self._formulation.observation(values, metric, objective)
                 seen.append((values, observation))
             else:

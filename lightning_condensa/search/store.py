@@ -85,7 +85,7 @@ class Store:
         storage: Database address, such as ``sqlite:///study.db``, ``journal:///study.log`` for
             Optuna's journal in a file, or an Optuna storage.
         study_name: Name of the study in it; an existing one is continued.
-        direction: Direction of the objective.
+        direction: Direction of what is optimized.
     """
 
     def __init__(self, storage: str | BaseStorage, study_name: str, direction: Direction) -> None:
@@ -115,10 +115,10 @@ class Store:
         if known is None:
             self.set("config", dict(config))
             return
-        differing = [k for k in config if known.get(k) != config[k]]
+        differing = [k for k in {**known, **config} if known.get(k) != config.get(k)]
         if differing:
             listed = "; ".join(
-                f"{k}: {known.get(k)!r} there, {config[k]!r} here" for k in differing
+                f"{k}: {known.get(k)!r} there, {config.get(k)!r} here" for k in differing
             )
             raise ValueError(
                 f"study {self._study.study_name!r} in the storage is of another search ({listed}); "
@@ -205,27 +205,31 @@ class Store:
         *,
         directory: str,
         noise: Noise,
+        value: float | None,
         violation: float,
+        constraint: str = "metric",
     ) -> None:
         """Record how a trial ended.
 
         Args:
             number: The trial.
-            outcome: What it found; a diverged one needs an objective too.
+            outcome: What it found.
             directory: Where its files are.
             noise: Of its metric.
-            violation: How far the metric misses the level, at most 0 where it is feasible.
+            value: What is optimized; to Optuna a trial without has failed.
+            violation: How far it misses what is asked for, at most 0 where it is feasible.
+            constraint: Name of what is asked for.
         """
         trial_id = self._id(number)
         facts = {**outcome.to_dict(), "directory": directory, **noise._asdict()}
-        for key, value in facts.items():
-            self._set(trial_id, key, value)
-        if outcome.status == "failed":
+        for key, fact in facts.items():
+            self._set(trial_id, key, fact)
+        if outcome.status == "failed" or value is None:
             with _quiet():
                 self._study.tell(number, state=TrialState.FAIL)
             return
-        set_violation(optuna.trial.Trial(self._study, trial_id), violation)
-        self._study.tell(number, outcome.objective)
+        set_violation(optuna.trial.Trial(self._study, trial_id), violation, constraint)
+        self._study.tell(number, value)
 
     def records(self) -> list[Record]:
         """The trials that ended, in order; lost ones left out."""
@@ -236,9 +240,9 @@ class Store:
         self._study._storage.set_trial_user_attr(trial_id, key, value)
 
 
-def set_violation(trial: optuna.Trial, violation: float) -> None:
+def set_violation(trial: optuna.Trial, violation: float, constraint: str = "metric") -> None:
     """Tell a running trial's constraint: at most 0 where it is feasible."""
-    trial.set_constraint("metric", violation)
+    trial.set_constraint(constraint, violation)
     # The dashboard still reads the attribute of Optuna 4.
     trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [violation])
 

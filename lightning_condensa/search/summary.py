@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def table(result: SearchResult) -> Table:
     """The trials as a Rich table."""
+    asked = result.objective if result.budget is None else f"best {result.metric}"
     found = Table(
-        title=f"{result.objective} with {requirement(result)}",
+        title=f"{asked} with {requirement(result)}",
         title_justify="left",
         caption=None if result.rescored is None else str(result.rescored),
         caption_justify="left",
@@ -58,12 +59,17 @@ def summary(result: SearchResult) -> str:
             f"Trial {best.number} is best: {show(best.values)}; "
             f"{result.objective} {best.objective:,.5g} "
             f"{result.unit} ({result.ratio(best):.1f} × better than dense) at {result.metric} "
-            f"{best.metric:.4f}, of {requirement(result)}{_sure(result, best)}"
+            f"{best.metric:.4f}, {_of(result)}{requirement(result)}{_sure(result, best)}"
             f"{_confirmed(result, best)}.{'' if result.rescored is None else f' {result.rescored}'}"
         )
     text = f"No trial is feasible: none of {len(result.trials)} has {requirement(result)}."
     miss = result.nearest_miss
-    if miss is not None:
+    if miss is not None and result.budget is not None:
+        text += (
+            f" Nearest miss: trial {miss.number} with {result.objective} {miss.objective:,.6g} at "
+            f"{show(miss.values)}; raise the budget, or run more trials."
+        )
+    elif miss is not None:
         text += (
             f" Nearest miss: trial {miss.number} with {result.metric} {miss.evidence:.4f} at "
             f"{show(miss.values)}; widen the range, train longer, or raise the tolerance."
@@ -73,9 +79,17 @@ def summary(result: SearchResult) -> str:
 
 def requirement(result: SearchResult) -> str:
     """What a trial must fulfil, in words."""
+    if result.budget is not None:
+        bound = "≤" if result.direction == "min" else "≥"
+        return f"{result.objective} {bound} {result.budget:,.6g} {result.unit}".rstrip()
+    assert result.level is not None  # without a budget there is one
     sign = "≥" if result.mode == "max" else "≤"
     sure = "" if result.confidence is None else f" with probability {result.confidence:g}"
     return f"{result.metric} {sign} {result.level:.4f}{sure} (dense: {result.baseline.metric:.4f})"
+
+
+def _of(result: SearchResult) -> str:
+    return "of " if result.budget is None else "the best one with "
 
 
 def _confirmed(result: SearchResult, best: Trial) -> str:

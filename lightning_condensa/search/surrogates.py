@@ -1,7 +1,7 @@
 """What is believed of the metric: parametric cliff curves, or a Gaussian process.
 
-Both are BoTorch models that add two methods (`FeasibilityModel`): the probability of meeting the
-level, in the form that a batch acquisition needs, and a curve with a band for plots.
+Both are BoTorch models that add the methods of a `FeasibilityModel`: the metric and the probability
+that it meets the level, in the form that acquisitions need, and a curve with a band for plots.
 """
 
 # ruff: noqa: N803 - `X` is BoTorch's name for points
@@ -27,9 +27,9 @@ from gpytorch.priors import GammaPrior, NormalPrior
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
-from lightning_condensa.search.certification import probability_of_level
+from lightning_condensa.search.certification import expected_metric, probability_of_level
 from lightning_condensa.search.cliff import CliffCurves, thin
-from lightning_condensa.search.feasibility import Feasibility, aim
+from lightning_condensa.search.feasibility import Feasibility, Outlook, aim
 from lightning_condensa.search.problem import Observation, Problem
 
 __all__ = ["BilogGP", "CliffEnsemble", "bilog"]
@@ -133,6 +133,18 @@ class CliffEnsemble(EnsembleModel):
         variance = self._variance(self.curves, drop, 0.0, self.predictive_discrepancy)
         mean = self.baseline_metric - drop
         return probability_of_level(seen, level, mean, variance, self.log_weights)
+
+    def outlook(self, X: Tensor) -> Outlook:
+        """The metric at ``X`` [..., q, 1]; one member a curve."""
+        metric = self.forward(X).squeeze(-1)
+        drop = self.baseline_metric - metric
+        variance = self._variance(self.curves, drop, 0.0, self.predictive_discrepancy)
+        return Outlook(metric, variance.clamp(min=1e-16).sqrt(), self.log_weights)
+
+    def worth(self, seen: Observation) -> Tensor:
+        """What each curve takes a measured model to be, shape ``[S]``."""
+        mean, sd, _ = self.outlook(seen.point[None])
+        return expected_metric(seen, mean[:, 0], sd[:, 0] ** 2)
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted mean and quantiles of the curves at ``X`` [N, 1]."""
@@ -262,6 +274,22 @@ class BilogGP(SingleTaskGP):
         """
         mean = torch.tensor([seen.metric or 0.0], dtype=torch.float64)
         return probability_of_level(seen, level, mean, torch.tensor([torch.inf]), mean.new_zeros(1))
+
+    def outlook(self, X: Tensor) -> Outlook:
+        """The bi-log slack at ``X`` [..., q, d]; members as of `feasibility`."""
+        posterior = self.posterior(X)
+        if X.shape[-2] == 1:
+            sd = posterior.variance.sqrt().mT.clamp(min=1e-6)
+            return Outlook(posterior.mean.mT, sd, X.new_zeros(1))
+        sampler = SobolQMCNormalSampler(torch.Size([self.samples]), seed=self.seed)
+        draws = sampler(posterior).squeeze(-1).movedim(0, -2)
+        log_weights = X.new_full((self.samples,), -math.log(self.samples))
+        return Outlook(draws, torch.full_like(draws, self.noise_sd), log_weights)
+
+    def worth(self, seen: Observation) -> Tensor:
+        """The posterior mean of the bi-log slack where a model was measured, shape ``[1]``."""
+        mean: Tensor = self.posterior(seen.point[None]).mean.flatten()
+        return mean
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
         """Median and quantiles of the metric at ``X`` [N, d]."""

@@ -123,8 +123,13 @@ class SyntheticCliff:
         tolerance = uniform(0.005, 0.02)
         return cls(u, baseline - drop, error, utility, measured, baseline, tolerance, noise_sd)
 
-    def problem(self, z: float = 0.0) -> Problem:
-        """The problem as a strategy is told it, with a certification margin ``z``."""
+    def problem(self, z: float = 0.0, budget: float | None = None) -> Problem:
+        """The problem as a strategy is told it.
+
+        Args:
+            z: Certification margin.
+            budget: The utility that is asked for, instead of the tolerance.
+        """
         dense = Observation(torch.zeros(1), self.baseline, self.noise_sd**2, utility=0.0)
         return Problem(
             candidates=self.candidates.unsqueeze(-1),
@@ -134,6 +139,7 @@ class SyntheticCliff:
             noise_variance=self.noise_sd**2,
             cliff=True,
             z=z,
+            budget=budget,
         )
 
     def observe(self, index: int) -> Observation:
@@ -150,3 +156,7 @@ class SyntheticCliff:
         """The greatest true utility of a truly feasible point; 0, the dense model's, if none."""
         feasible = self.accuracy >= self.baseline - self.tolerance
         return float(self.utility.masked_fill(~feasible, 0.0).amax().clamp(min=0.0))
+
+    def best_within(self, budget: float) -> float:
+        """The greatest true accuracy of a candidate with at least this known utility."""
+        return float(self.accuracy[self.measured >= budget].amax())

@@ -158,8 +158,10 @@ class SyntheticGroups:
             utility=float(self.domain.utility(level)),
         )
 
-    def problem(self, z: float = 0.0, scan: Tensor | None = None) -> Problem:
-        """The problem as a strategy is told it."""
+    def problem(
+        self, z: float = 0.0, scan: Tensor | None = None, budget: float | None = None
+    ) -> Problem:
+        """The problem as a strategy is told it; with a budget that utility is asked for."""
         level = distinct(torch.cat([self.domain.diagonals(), self.domain.random(128)]))
         points = self.domain.points(level)
         dense = torch.zeros(points.shape[1], dtype=torch.float64)
@@ -174,6 +176,7 @@ class SyntheticGroups:
             domain=self.domain,
             accuracy=True,
             scan=scan,
+            budget=budget,
         )
 
     def scan(self, meaningless: bool = False) -> Tensor:
@@ -206,6 +209,25 @@ class SyntheticGroups:
         level = self.domain.diagonals()
         feasible = self.accuracy(level) >= self.baseline - self.tolerance
         return float(self.domain.utility(level).masked_fill(~feasible, 0.0).amax().clamp(min=0))
+
+    def best_within(self, budget: float) -> float:
+        """The greatest true accuracy found of a combination with at least this utility.
+
+        Raises:
+            ValueError: If no combination with one strength for all has it.
+        """
+        diagonals = self.domain.diagonals()
+        kept = diagonals[self.domain.utility(diagonals) >= budget]
+        if not len(kept):
+            raise ValueError(f"budget must be within reach of one strength for all, got {budget}")
+        level = kept[int(self.accuracy(kept).argmax())]
+        while True:
+            moves = self._moves(level)
+            beyond = self.domain.utility(moves) < budget
+            chosen = moves[int(self.accuracy(moves).masked_fill(beyond, -torch.inf).argmax())]
+            if torch.equal(chosen, level):
+                return float(self.accuracy(level[None]))
+            level = chosen
 
     def _solve(self) -> float:
         """Climb ``utility - price * missing accuracy`` one or two coordinates at a time."""

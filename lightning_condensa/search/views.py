@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_condensa.search.feasibility import FeasibilityModel, enough
+from lightning_condensa.search.feasibility import FeasibilityModel
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.result import Curve
@@ -46,10 +46,11 @@ def trial_of(
     seen = formulation.seen(record, runs)
     if outcome.status in ("failed", "diverged"):
         state = outcome.status
-    elif enough(formulation.problem, seen, probability):
+    elif formulation.feasible(outcome, seen, probability):
         state = "feasible"  # also of an aborted one, by another tolerance
     else:
-        state = "aborted" if outcome.status == "aborted" else "infeasible"
+        aborted = outcome.status == "aborted" and formulation.goal.within(outcome.objective)
+        state = "aborted" if aborted else "infeasible"
     own = {k: v for k, v in outcome.to_dict().items() if k != "status"}
     return Trial(
         number=record.number,
@@ -73,7 +74,8 @@ class Belief:
     Attributes:
         curve: The metric along the one dimension; ``None`` where there are several or it is a
             choice.
-        probability: Trial → probability that its model truly keeps the level.
+        probability: Trial → probability that its model truly keeps the level; empty where there is
+            none.
     """
 
     curve: Curve | None
@@ -85,7 +87,8 @@ def belief(formulation: Formulation, records: Sequence[Record], seed: int) -> Be
     history = observations(formulation, records)
     problem = formulation.problem
     surrogate = KnownObjectiveStrategy().surrogate(problem, list(history.values()), seed)
-    probability = {n: surrogate.certainty(seen, problem.level) for n, seen in history.items()}
+    judged = history.items() if problem.budget is None else ()
+    probability = {n: surrogate.certainty(seen, problem.level) for n, seen in judged}
     return Belief(_curve(formulation, surrogate), probability)
 
 

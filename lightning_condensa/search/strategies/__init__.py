@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.strategies.base import Strategy
 from lightning_condensa.search.strategies.known_objective import KnownObjectiveStrategy
 from lightning_condensa.search.strategies.paper import PaperStrategy
@@ -21,7 +22,28 @@ __all__ = [
     "RandomStrategy",
     "Strategy",
     "make_strategy",
+    "strategy_for",
 ]
+
+
+def strategy_for(method: str, goal: Goal) -> Strategy:
+    """A strategy by name that can do what is asked for.
+
+    Raises:
+        ValueError: If the name is unknown, or the strategy knows nothing of budgets.
+
+    Example:
+        >>> strategy_for("bisection", Goal("max", "min", budget=1e6))
+        Traceback (most recent call last):
+            ...
+        ValueError: method='bisection' looks for the edge of a tolerance; with a budget use ...
+    """
+    if goal.budget is not None and method in ("paper", "bisection"):
+        raise ValueError(
+            f"method={method!r} looks for the edge of a tolerance; with a budget use 'auto', "
+            "'random' or 'grid'"
+        )
+    return make_strategy(method)
 
 
 def make_strategy(name: str, **options: float) -> Strategy:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_condensa.search.budget import possible
 from lightning_condensa.search.problem import Observation, Problem
 
 __all__ = ["Strategy", "occupied"]
@@ -38,7 +39,8 @@ class Strategy(ABC):
 
         Returns:
             ``q`` distinct indices into ``problem.candidates``, most wanted first, none of them
-            finished or pending; fewer when fewer remain, none when none does.
+            finished, pending, or beyond the problem's budget; fewer when fewer remain, none when
+            none does.
 
         Raises:
             ValueError: If ``q < 1``, a shape does not fit the problem, or the strategy cannot
@@ -89,7 +91,7 @@ class Strategy(ABC):
             raise ValueError(f"history must hold points of {d} coordinates")
         pending = pending.to(problem.candidates)
         taken = torch.cat([pending, *(seen.point[None] for seen in history)])
-        return pending, ~occupied(problem.candidates, taken)
+        return pending, ~occupied(problem.candidates, taken) & possible(problem, history)
 
     @abstractmethod
     def _select(
@@ -116,6 +118,19 @@ def occupied(candidates: Tensor, points: Tensor) -> Tensor:
     tolerance = 1e-9 * (1 + candidates.abs().amax())
     gap = (candidates.unsqueeze(1) - points.unsqueeze(0)).abs().amax(dim=-1)
     return (gap <= tolerance).any(dim=-1)
+
+
+def require_level(problem: Problem, name: str) -> None:
+    """Refuse problems in which no level of the metric has to be kept.
+
+    Raises:
+        ValueError: If there is a budget.
+    """
+    if problem.budget is not None:
+        raise ValueError(
+            f"strategy {name!r} looks for a level of the metric, and none is to be kept within a "
+            "budget; use 'condensa', 'random' or 'grid'"
+        )
 
 
 def require_one_coordinate(problem: Problem, name: str) -> Tensor:

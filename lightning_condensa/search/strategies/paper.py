@@ -16,7 +16,11 @@ from torch import Tensor
 
 from lightning_condensa.search.acquisition import ILSUCB
 from lightning_condensa.search.problem import Observation, Problem
-from lightning_condensa.search.strategies.base import Strategy, require_one_coordinate
+from lightning_condensa.search.strategies.base import (
+    Strategy,
+    require_level,
+    require_one_coordinate,
+)
 
 __all__ = ["PaperStrategy"]
 
@@ -79,6 +83,7 @@ class PaperStrategy(Strategy):
         q: int,
         seed: int,
     ) -> list[int]:
+        require_level(problem, "paper")
         sparsity = -torch.expm1(-require_one_coordinate(problem, "paper"))
         seen = -torch.expm1(-torch.stack([o.point[0] for o in history])) if history else None
         believed = -torch.expm1(-pending[:, 0])

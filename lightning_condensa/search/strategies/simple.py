@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.search.problem import Observation, Problem
-from lightning_condensa.search.strategies.base import Strategy, require_one_coordinate
+from lightning_condensa.search.strategies.base import (
+    Strategy,
+    require_level,
+    require_one_coordinate,
+)
 
 __all__ = ["BisectionStrategy", "GridStrategy", "RandomStrategy"]
 
@@ -38,6 +42,7 @@ class BisectionStrategy(Strategy):
         q: int,
         seed: int,
     ) -> list[int]:
+        require_level(problem, "bisection")
         u = require_one_coordinate(problem, "bisection")
         good = [float(o.point[0]) for o in history if o.feasible(problem.level, problem.z)]
         low = max([float(problem.baseline.point[0]), *good])

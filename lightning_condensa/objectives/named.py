@@ -1,0 +1,64 @@
+"""Objectives by name, and from functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_condensa.deploy import CompressedModel
+from lightning_condensa.objectives.base import CallableObjective, Direction, Objective
+from lightning_condensa.objectives.size import FileSize, FLOPs, MemoryFootprint, Parameters
+from lightning_condensa.objectives.timing import Latency, Throughput
+
+__all__ = ["NAMED", "as_objective"]
+
+#: Objectives that need no argument; those that run the model take its ``example_input_array``.
+NAMED: dict[str, Callable[[], Objective]] = {
+    "memory": MemoryFootprint,
+    "file_size": FileSize,
+    "parameters": Parameters,
+    "flops": FLOPs,
+    "latency": Latency,
+    "throughput": Throughput,
+}
+
+
+def as_objective(
+    objective: str | Objective | Callable[[CompressedModel], float],
+    direction: Direction | None = None,
+) -> Objective:
+    """An objective from what a user may pass.
+
+    Args:
+        objective: An objective, the name of one in `NAMED`, or a callable.
+        direction: Of a callable.
+
+    Raises:
+        ValueError: If a name is unknown, a plain callable comes without a direction, or an
+            objective with another direction than its own.
+
+    Example:
+        >>> as_objective("memory").unit
+        'bytes'
+    """
+    if isinstance(objective, str):
+        if objective not in NAMED:
+            raise ValueError(f"objective must be one of {sorted(NAMED)}, got {objective!r}")
+        objective = NAMED[objective]()
+    if isinstance(objective, Objective):
+        if direction is not None and direction != objective.direction:
+            raise ValueError(
+                f"direction={direction!r} contradicts {objective.name}, which is "
+                f"{objective.direction}imized"
+            )
+        return objective
+    if not callable(objective):
+        raise ValueError(
+            "objective must be an Objective such as MemoryFootprint() or a callable "
+            f"(CompressedModel) -> float, got {objective!r}"
+        )
+    if direction not in ("min", "max"):
+        raise ValueError(
+            "a callable objective needs direction='min' or direction='max', "
+            f"got direction={direction!r}"
+        )
+    return CallableObjective(objective, direction)
