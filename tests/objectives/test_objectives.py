@@ -327,7 +327,7 @@ def test_objectives_pass_through() -> None:
         (Throughput(), "min", "direction='min' contradicts Throughput, which is maximized"),
         (len, None, "a callable objective needs direction='min' or direction='max'"),
         (len, "up", "got direction='up'"),
-        ("bytes", "min", "objective must be an Objective such as MemoryFootprint"),
+        ("bytes", "min", "objective must be one of .*'memory'.*, got 'bytes'"),
         (None, None, "objective must be an Objective such as MemoryFootprint"),
     ],
 )
