@@ -2,6 +2,7 @@
 
 from lightning_condensa.objectives.base import CallableObjective, Direction, Objective
 from lightning_condensa.objectives.named import as_objective
+from lightning_condensa.objectives.several import Several
 from lightning_condensa.objectives.size import FileSize, FLOPs, MemoryFootprint, Parameters
 from lightning_condensa.objectives.timing import Latency, Throughput
 
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryFootprint",
     "Objective",
     "Parameters",
+    "Several",
     "Throughput",
     "as_objective",
 ]

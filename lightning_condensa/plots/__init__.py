@@ -1,5 +1,6 @@
 """Figures, with matplotlib (the ``plots`` extra)."""
 
+from lightning_condensa.plots.front import plot_front, plot_hypervolume
 from lightning_condensa.plots.groups import plot_groups
 from lightning_condensa.plots.metric import plot_metric
 from lightning_condensa.plots.pareto import plot_pareto
@@ -8,7 +9,9 @@ from lightning_condensa.plots.timeline import plot_timeline
 from lightning_condensa.plots.trace import plot_trace
 
 __all__ = [
+    "plot_front",
     "plot_groups",
+    "plot_hypervolume",
     "plot_metric",
     "plot_pareto",
     "plot_search",

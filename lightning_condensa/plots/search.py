@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lightning_condensa.plots.front import plot_front, plot_hypervolume
 from lightning_condensa.plots.groups import plot_groups
 from lightning_condensa.plots.metric import plot_metric
 from lightning_condensa.plots.pareto import plot_pareto
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 def plot_search(result: SearchResult) -> Figure:
     """Two panels: metric against the searched value, and the objective by trial.
 
-    For several dimensions the first shows the Pareto front instead.
+    For several dimensions the first shows the Pareto front instead. Under several objectives the
+    two are their front and its hypervolume.
 
     Args:
         result: A search.
@@ -35,6 +37,10 @@ def plot_search(result: SearchResult) -> Figure:
     """
     figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
+    if result.several:
+        plot_front(result, left)
+        plot_hypervolume(result, right)
+        return figure
     (plot_pareto if result.curve is None else plot_metric)(result, left)
     plot_trace(result, right)
     return figure
@@ -48,8 +54,13 @@ def search_plots(result: SearchResult) -> dict[str, Callable[[], Figure]]:
 
     Returns:
         ``metric`` for one dimension or ``groups`` for others, then ``trace``, ``pareto`` and
-        ``timeline``.
+        ``timeline``; under several objectives ``front`` and ``hypervolume`` instead of the first
+        two of these.
     """
     first = {"groups": plot_groups} if result.curve is None else {"metric": plot_metric}
-    others = {"trace": plot_trace, "pareto": plot_pareto, "timeline": plot_timeline}
+    if result.several:
+        gained = {"front": plot_front, "hypervolume": plot_hypervolume}
+    else:
+        gained = {"trace": plot_trace, "pareto": plot_pareto}
+    others = {**gained, "timeline": plot_timeline}
     return {name: partial(plot, result) for name, plot in (first | others).items()}

@@ -11,12 +11,14 @@ from lightning_condensa.search.executors import (
     SubmititExecutor,
 )
 from lightning_condensa.search.grouping import groups_by_sensitivity
-from lightning_condensa.search.problem import Observation, Problem
+from lightning_condensa.search.observation import Observation
+from lightning_condensa.search.problem import Problem
 from lightning_condensa.search.rescoring import Rescored
-from lightning_condensa.search.result import Baseline, Curve, SearchResult, Trial
+from lightning_condensa.search.result import SearchResult
 from lightning_condensa.search.sampler import CondensaSampler
 from lightning_condensa.search.sensitivity import Sensitivity
 from lightning_condensa.search.strategies import Strategy, make_strategy
+from lightning_condensa.search.trials import Baseline, Curve, ObjectiveInfo, Trial
 
 __all__ = [
     "Baseline",
@@ -26,6 +28,7 @@ __all__ = [
     "Curve",
     "DaskExecutor",
     "MPIExecutor",
+    "ObjectiveInfo",
     "Observation",
     "Problem",
     "ProcessPool",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 from torch import nn
 
-from lightning_condensa.deploy import CompressedModel
-from lightning_condensa.objectives import Direction, Objective, as_objective
+from lightning_condensa.objectives import Direction, Several, as_objective
+from lightning_condensa.objectives.named import ObjectiveLike
 from lightning_condensa.schemes import Scheme
 from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.dense import DenseModel, weights_hash
@@ -55,7 +55,8 @@ class CondensaSearch:
         objective: What to optimize, or to keep within the budget: an
             :class:`~lightning_condensa.objectives.Objective`, the name of one (``"memory"``,
             ``"file_size"``, ``"parameters"``, ``"flops"``, ``"latency"`` or ``"throughput"``), or
-            any callable ``(CompressedModel) -> float`` together with ``direction``.
+            any callable ``(CompressedModel) -> float`` together with ``direction``. A list of
+            several asks for a Pareto front of them.
         metric: A metric that the module logs in validation.
         mode: Whether more (``"max"``) or less (``"min"``) of the metric is better.
         tolerance: How far the metric may be from the uncompressed model's, in its own units.
@@ -126,7 +127,7 @@ class CondensaSearch:
     def __init__(
         self,
         scheme: Scheme,
-        objective: str | Objective | Callable[[CompressedModel], float],
+        objective: ObjectiveLike | Sequence[ObjectiveLike],
         metric: str,
         mode: Mode = "max",
         tolerance: float | None = None,
@@ -182,6 +183,12 @@ class CondensaSearch:
         self.metric = metric
         self.mode = mode
         self.goal = Goal(mode, self.objective.direction, tolerance, budget)
+        if isinstance(self.objective, Several) and (budget is not None or method == "paper"):
+            raise ValueError(
+                f"several objectives ({self.objective.name}) need a tolerance and any method but "
+                f"'paper', got budget={budget!r} and method={method!r}; SearchResult.pick chooses "
+                "from the front within budgets"
+            )
         self.max_trials = max_trials
         self.trainer = dict(trainer or {})
         self.callback = dict(callback or {})

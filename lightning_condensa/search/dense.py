@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from lightning_condensa.deploy import CompressedModel
+from lightning_condensa.objectives import Objective, Several
 from lightning_condensa.search.metrics import count_samples, evaluate
 from lightning_condensa.search.noise import expected_noise
 from lightning_condensa.search.scores import SCORES_FILE, Scores
@@ -59,7 +60,7 @@ class DenseModel:
             known = {
                 "metric": metric,
                 "samples": count_samples(trainer.val_dataloaders),
-                "objective": search.objective(CompressedModel(module, {}, search.space.scheme)),
+                **_objectives(search.objective, CompressedModel(module, {}, search.space.scheme)),
             }
             self._store.set("baseline", known)
         noise = expected_noise(
@@ -70,7 +71,12 @@ class DenseModel:
             self.scores(),
         )
         return Baseline(
-            known["metric"], noise.variance, known["objective"], known["samples"], noise.basis
+            known["metric"],
+            noise.variance,
+            known["objective"],
+            known["samples"],
+            noise.basis,
+            known.get("objectives", {search.objective.name: known["objective"]}),
         )
 
     def scores(self) -> Scores | None:
@@ -94,6 +100,13 @@ class DenseModel:
         found = Sensitivity.scan(search.space, self._model, measure)
         self._store.set("sensitivity", found.to_dict())
         return found
+
+
+def _objectives(objective: Objective, dense: CompressedModel) -> dict[str, Any]:
+    if not isinstance(objective, Several):
+        return {"objective": objective(dense)}
+    found = {part.name: part(dense) for part in objective.parts}
+    return {"objective": found[objective.parts[0].name], "objectives": found}
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -77,6 +77,7 @@ class Domain:
             approximation.
         exact: The same without approximation, called on a few rows; None where ``utility`` is
             exact.
+        further: The same combinations under further objectives.
 
     Example:
         >>> axis = Axis(torch.tensor([[0.0], [1.0], [2.0]]), origin=0.0)
@@ -90,6 +91,18 @@ class Domain:
     axes: tuple[Axis, ...]
     utility: Callable[[Tensor], Tensor]
     exact: Callable[[Tensor], Tensor] | None = None
+    further: tuple[Domain, ...] = ()
+
+    def all_exact(self) -> Domain | None:
+        """The domain with no approximation; ``None`` where it has none anyway."""
+        further = tuple(other.all_exact() or other for other in self.further)
+        if self.exact is None and all(a is b for a, b in zip(further, self.further, strict=True)):
+            return None
+        return Domain(self.axes, self.exact or self.utility, None, further)
+
+    def utilities(self, level: Tensor) -> Tensor:
+        """Under all objectives: ``[M, A]`` -> ``[M, 1 + len(further)]``."""
+        return torch.stack([self.utility(level), *(o.utility(level) for o in self.further)], dim=-1)
 
     @property
     def width(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_condensa.objectives import Objective
+from lightning_condensa.objectives import Objective, Several
 from lightning_condensa.search.budget import possible
 from lightning_condensa.search.feasibility import enough
 from lightning_condensa.search.goal import Goal
@@ -64,9 +64,22 @@ class Formulation:
         self.sign = goal.sign
         self.level = goal.level(baseline.metric)
         self.small = goal.small(baseline.metric)
-        self.landscape = Landscape(objective, space, model, baseline.objective, goal.budget)
+        parts = objective.parts if isinstance(objective, Several) else (objective,)
+        first, dense = parts[0], baseline.objective
+        self.landscape = Landscape(first, space, model, dense, goal.budget)
+        self._others = {
+            part.name: Landscape(
+                part, space, model, baseline.objectives[part.name], like=self.landscape
+            )
+            for part in parts[1:]
+        }
         self.candidates, self.points = self.landscape.candidates, self.landscape.points
         self.utility = self.landscape.utility
+        further = [other.utilities for other in self._others.values()]
+        domain = self.landscape.domain
+        if domain is not None and further:
+            others = [other.domain for other in self._others.values()]
+            domain = replace(domain, further=tuple(o for o in others if o is not None))
         accurate = goal.mode == "max" and 0 < baseline.metric <= 1
         self.problem = Problem(
             candidates=self.points,
@@ -76,13 +89,15 @@ class Formulation:
                 metric=self.sign * baseline.metric,
                 variance=baseline.variance,
                 utility=self.utility(baseline.objective),
+                further=self._further(baseline.objectives),
             ),
             level=self.sign * baseline.metric - self.small,
             noise_variance=baseline.variance,
             cliff=space.is_density and accurate,
             z=z,
-            domain=self.landscape.domain,
-            accuracy=self.landscape.domain is not None and accurate,
+            domain=domain,
+            accuracy=domain is not None and accurate,
+            further=torch.stack(further, dim=-1) if further else None,
             budget=None if goal.budget is None else self.utility(goal.budget),
         )
         if not bool(possible(self.problem, []).any()):
@@ -125,6 +140,7 @@ class Formulation:
         metric: float | None,
         objective: float | None,
         variance: float | None = None,
+        objectives: Mapping[str, float] | None = None,
     ) -> Observation:
         """A finished evaluation; a diverged one where there is no metric."""
         return Observation(
@@ -133,7 +149,20 @@ class Formulation:
             variance=self.baseline.variance if variance is None else variance,
             utility=None if objective is None else self.utility(objective),
             diverged=metric is None,
+            further=self._further(objectives or {}),
         )
+
+    def named(self, objective: float | None) -> dict[str, float]:
+        """The one objective of a search by its name; nothing where there are several or none."""
+        if objective is None or self._others:
+            return {}
+        return {self.landscape.measure.objective.name: objective}
+
+    def _further(self, objectives: Mapping[str, float]) -> tuple[float, ...]:
+        """Utilities under the further objectives; none where they were not measured."""
+        if not all(name in objectives for name in self._others):
+            return ()
+        return tuple(other.utility(objectives[name]) for name, other in self._others.items())
 
     def seen(self, record: Record, runs: Sequence[Record] = ()) -> Observation:
         """A trial that ended, and did not fail.
@@ -157,7 +186,9 @@ class Formulation:
         metrics = [r.outcome.metric for r in every if r.outcome.metric is not None]
         metric = fmean(metrics) if len(metrics) == len(every) else None
         variance = fmean(self.noise_of(r).variance for r in every)
-        return self.observation(record.values, metric, outcome.objective, variance)
+        return self.observation(
+            record.values, metric, outcome.objective, variance, outcome.objectives
+        )
 
     def noise_of(self, record: Record) -> Noise:
         """The noise of a trial's metric: its own where it was paired, unless one is given now."""

@@ -44,6 +44,7 @@ class Landscape:
         module: The uncompressed module.
         dense: Its objective.
         budget: What the objective may come to: where that is decided, it is not interpolated.
+        like: The landscape of another objective, whose combinations are to be taken.
 
     Attributes:
         candidates: Values for strategies that choose from a list.
@@ -51,6 +52,7 @@ class Landscape:
         known: Their objective.
         utility: From objective to utility.
         domain: The combinations; ``None`` in one dimension.
+        levels: The values that are combined, by dimension; ``None`` in one dimension.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Landscape:
         module: pl.LightningModule,
         dense: float,
         budget: float | None = None,
+        like: Landscape | None = None,
     ) -> None:
         self.measure = KnownObjective(objective, space, module)
         self.domain: Domain | None = None
+        self.levels: dict[str, list[Any]] | None = None
         if len(space.dimensions) == 1:
             self.candidates = space.candidates(module)
             self.known = known_objective(self.measure, space, self.candidates)
@@ -70,13 +74,14 @@ class Landscape:
             if budget is not None:
                 self._look_near(budget)
         else:
-            table = _Table(self.measure, space, module)
+            table = _Table(self.measure, space, module, None if like is None else like.levels)
             self.utility = Utility(objective, [*table.measured, dense])
             self.domain = table.domain(self.utility, exact=budget is not None)
             level = distinct(torch.cat([self.domain.diagonals(), self.domain.random(SOBOL)]))
             self.candidates = [table.values(row) for row in level]
             self.known = table(level).tolist()
             self._table = table
+            self.levels = table.levels
         self.points = torch.stack([space.coordinates(v) for v in self.candidates])
 
     @property
@@ -102,21 +107,32 @@ class Landscape:
 class _Table:
     """The objective of combinations as a sum over dimensions and pairs of them."""
 
-    def __init__(self, measure: KnownObjective, space: SearchSpace, module: nn.Module) -> None:
+    def __init__(
+        self,
+        measure: KnownObjective,
+        space: SearchSpace,
+        module: nn.Module,
+        levels: dict[str, list[Any]] | None = None,
+    ) -> None:
         self.measure, self.space = measure, space
-        levels = space.levels(module)
-        self.mildest = {name: own[0] for name, own in levels.items()}
-        sign = 1.0 if measure.objective.direction == "min" else -1.0
-        for name, own in levels.items():
-            if not space.is_range(name):  # options from the one that saves least
-                order = np.argsort(-sign * self._along(name, own), kind="stable")
-                levels[name] = [own[i] for i in order]
-        self.levels = levels
-        self.mildest = {name: own[0] for name, own in levels.items()}
+        self.levels: dict[str, list[Any]] = (
+            self._ordered(space.levels(module)) if levels is None else levels
+        )
+        self.mildest = {name: own[0] for name, own in self.levels.items()}
         self.base = measure(self.mildest)
-        along = {name: self._along(name, own) for name, own in levels.items()}
+        along = {name: self._along(name, own) for name, own in self.levels.items()}
         self.alone = [torch.from_numpy(found - self.base) for found in along.values()]
         self.pairs = self._pairs(module)
+
+    def _ordered(self, levels: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """With the options of choices from the one that saves least."""
+        self.mildest = {name: own[0] for name, own in levels.items()}
+        sign = 1.0 if self.measure.objective.direction == "min" else -1.0
+        for name, own in levels.items():
+            if not self.space.is_range(name):
+                order = np.argsort(-sign * self._along(name, own), kind="stable")
+                levels[name] = [own[i] for i in order]
+        return levels
 
     @property
     def measured(self) -> list[float]:

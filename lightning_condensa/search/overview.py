@@ -40,6 +40,7 @@ class Overview:
         scalars = {
             f"search/{result.metric}": trial.metric,
             "search/objective": trial.objective,
+            "search/hypervolume": result.hypervolume[-1] if result.several else None,
             "search/best_objective": None if result.best is None else result.best.objective,
             "search/best_metric": None if result.best is None else result.best.metric,
         }

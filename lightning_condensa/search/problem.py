@@ -14,71 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.search.domain import Domain
+from lightning_condensa.search.observation import Observation
 
 __all__ = ["Observation", "Problem", "best_feasible", "best_within", "nearest_miss"]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One finished evaluation.
-
-    Args:
-        point: Coordinates, shape ``[d]``, float64.
-        metric: The quality of the compressed model, signed so that higher is better; None when
-            the evaluation diverged.
-        variance: Variance of the noise of ``metric``.
-        utility: The known objective as measured at this point, higher is better, on the scale of
-            `Problem.utility`; None when it was not measured.
-        diverged: Whether training ended without a usable metric. Such a point is known to be
-            infeasible; it is not missing data.
-        bound: What the metric of a training that was not finished would have stayed below; None
-            for a finished one.
-
-    Raises:
-        ValueError: If ``point`` is not a vector, ``variance`` is negative or not finite, or
-            ``metric``, ``diverged`` and ``bound`` contradict each other.
-
-    Example:
-        >>> Observation(torch.tensor([2.3]), metric=0.97, variance=1e-6, utility=2.2).diverged
-        False
-    """
-
-    point: Tensor
-    metric: float | None
-    variance: float
-    utility: float | None
-    diverged: bool = False
-    bound: float | None = None
-
-    def __post_init__(self) -> None:
-        """Validate, and hold the point in double precision."""
-        if self.point.ndim != 1:
-            raise ValueError(f"point must have shape [d], got {list(self.point.shape)}")
-        if not (math.isfinite(self.variance) and self.variance >= 0):
-            raise ValueError(f"variance must be finite and >= 0, got {self.variance}")
-        if self.diverged + (self.metric is not None) + (self.bound is not None) != 1:
-            raise ValueError(
-                "metric must be None exactly when diverged or bounded, got "
-                f"metric={self.metric} with diverged={self.diverged} and bound={self.bound}"
-            )
-        if self.bound is not None and not math.isfinite(self.bound):
-            raise ValueError(f"bound must be finite (or None), got {self.bound}")
-        if self.metric is not None and not math.isfinite(self.metric):
-            raise ValueError(f"metric must be finite (or None when diverged), got {self.metric}")
-        object.__setattr__(self, "point", self.point.detach().to(torch.float64))
-
-    @property
-    def censored(self) -> bool:
-        """Whether the metric is only known to lie below something."""
-        return self.metric is None
-
-    def ceiling(self, level: float) -> float:
-        """What a censored metric lies below: its bound, or for a diverged run the level."""
-        return level if self.bound is None else self.bound
-
-    def feasible(self, level: float, z: float = 0.0) -> bool:
-        """Whether the metric is at least ``level`` by a margin of ``z`` standard deviations."""
-        return self.metric is not None and self.metric - z * math.sqrt(self.variance) >= level
 
 
 @dataclass(frozen=True)
@@ -104,6 +42,8 @@ class Problem:
             the loss; NaN where unknown. It need not be right.
         budget: The utility that a candidate must have. With one, the metric is maximized, and
             ``level`` is what counts as an improvement of it. None where the level must be kept.
+        further: Known utilities of the candidates under further objectives, shape ``[N, m - 1]``;
+            None where there is one objective.
 
     Raises:
         ValueError: If there are no candidates or a field contradicts another.
@@ -127,6 +67,7 @@ class Problem:
     accuracy: bool = False
     scan: Tensor | None = None
     budget: float | None = None
+    further: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Validate once, at the boundary."""
@@ -165,6 +106,11 @@ class Problem:
             )
         if self.scan is not None and self.scan.shape != (d,):
             raise ValueError(f"scan must have shape [{d}], got {list(self.scan.shape)}")
+        if self.further is not None and self.further.shape != (n, len(self.baseline.further)):
+            raise ValueError(
+                f"further must have shape [{n}, {len(self.baseline.further)}], as many columns as "
+                f"the baseline has further utilities, got {list(self.further.shape)}"
+            )
         if self.budget is not None and not math.isfinite(self.budget):
             raise ValueError(f"budget must be finite (or None), got {self.budget}")
         if self.cliff and bool((self.candidates < 0).any()):
@@ -203,6 +149,28 @@ class Problem:
     def nearest(self, points: Tensor) -> Tensor:
         """Index of the candidate nearest to each row of ``points`` [M, d]; shape ``[M]``."""
         return torch.cdist(points.to(self.candidates), self.candidates).argmin(dim=-1)
+
+    @property
+    def utilities(self) -> Tensor:
+        """The known utilities of the candidates under all objectives, shape ``[N, m]``."""
+        own = self.utility.unsqueeze(-1)
+        return own if self.further is None else torch.cat([own, self.further.to(own)], dim=-1)
+
+    def utilities_at(self, points: Tensor) -> Tensor:
+        """The same of the candidates or combinations nearest to ``points`` [M, d]; ``[M, m]``."""
+        if self.domain is not None:
+            return self.domain.utilities(self.domain.nearest(points))
+        return self.utilities[self.nearest(points)]
+
+    def utilities_of(self, observation: Observation) -> Tensor:
+        """The utilities of an observation under all objectives, shape ``[m]``.
+
+        Those measured; the known ones where there are none.
+        """
+        count = 0 if self.further is None else self.further.shape[-1]
+        if observation.utility is None or len(observation.further) != count:
+            return self.utilities_at(observation.point[None])[0]
+        return torch.tensor([observation.utility, *observation.further], dtype=torch.float64)
 
     def utility_of(self, observation: Observation) -> float:
         """The utility measured for ``observation``, or the known one where none was measured."""

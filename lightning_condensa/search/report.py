@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lightning_condensa.deploy import inspect_packed
 from lightning_condensa.search.noise import Noise, noise_text
-from lightning_condensa.search.summary import requirement
+from lightning_condensa.search.summary import requirement, shown
 
 if TYPE_CHECKING:
     from lightning_condensa.search.result import SearchResult, Trial
@@ -27,6 +27,8 @@ _CAPTIONS = {
     "groups": "How far each dimension was compressed; the best trial's values are bars and frames.",
     "trace": "What the trials gained, one after another.",
     "pareto": "What else could be had: the best metric evaluated for each bound on the objective.",
+    "front": "What could be had: the feasible trials that no other beats in all objectives.",
+    "hypervolume": "How the front grew: the volume that it dominates, from the dense model on.",
     "timeline": "When the trials ran.",
 }
 
@@ -104,7 +106,9 @@ def to_html(result: SearchResult) -> str:
 def trial_cells(result: SearchResult) -> Cells:
     """The trials as a table, in order."""
     names = list(result.trials[0].values) if result.trials else []
+    further = result.objectives[1:]
     header = ["trial", *names, result.metric, f"{result.objective} [{result.unit}]", "× dense"]
+    header += [f"{info.name} [{info.unit}]" for info in further]
     header += ["P(feasible)", "noise", "from", "steps", "time", "state", "message"]
     rows = [
         [
@@ -113,6 +117,7 @@ def trial_cells(result: SearchResult) -> Cells:
             "" if t.metric is None else f"{t.metric:.4f}",
             "" if t.objective is None else f"{t.objective:,.5g}",
             "" if not t.objective else f"{result.ratio(t):.3g}",
+            *(shown(t, info) for info in further),
             "" if t.probability is None else f"{t.probability:.2f}",
             "" if t.metric is None else f"{t.variance**0.5:.2g}, {t.basis}",
             "dense" if t.parent is None else str(t.parent),
@@ -145,6 +150,11 @@ def _settings(result: SearchResult) -> Mapping[str, str]:
     samples = "" if dense.samples is None else f" on {dense.samples:,} samples"
     settings = {
         "objective": f"{result.objective} [{result.unit}], {_direction(result.direction)}",
+        **{
+            f"objective {i}": f"{info.name} [{info.unit}], {_direction(info.direction)}; dense: "
+            f"{dense.objectives[info.name]:,.6g}"
+            for i, info in enumerate(result.objectives[1:], start=2)
+        },
         "metric": f"{result.metric}, {_direction(result.mode)}",
         **_asked(result),
         "dense model": f"{result.metric} {dense.metric:.5g}{samples}, "
@@ -164,7 +174,8 @@ def _settings(result: SearchResult) -> Mapping[str, str]:
 
 def _title(result: SearchResult) -> str:
     if result.budget is None:
-        return f"Search: {result.objective} with {result.metric} kept"
+        names = ", ".join(info.name for info in result.objectives) or result.objective
+        return f"Search: {names} with {result.metric} kept"
     return f"Search: {result.metric} with {requirement(result)}"
 
 

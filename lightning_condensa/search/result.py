@@ -17,37 +17,18 @@ from rich.table import Table
 
 from lightning_condensa.deploy.atomic import write_atomically
 from lightning_condensa.objectives import Direction
-from lightning_condensa.search import summary
+from lightning_condensa.search import fronts, summary
 from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.report import to_html
 from lightning_condensa.search.rescoring import Rescored, rescore
 from lightning_condensa.search.scores import PerSample
 from lightning_condensa.search.trial import Mode
-from lightning_condensa.search.trials import Baseline, State, Trial, show
+from lightning_condensa.search.trials import Baseline, Curve, ObjectiveInfo, State, Trial, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Baseline", "Curve", "SearchResult", "State", "Trial", "show"]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What the search believes of the metric along one dimension, for plots.
-
-    Attributes:
-        dimension: Name of the dimension.
-        values: Its values.
-        center: Believed metric.
-        lower: Lower end of the 95 % band.
-        upper: Upper end.
-    """
-
-    dimension: str
-    values: list[float]
-    center: list[float]
-    lower: list[float]
-    upper: list[float]
+__all__ = ["Baseline", "Curve", "ObjectiveInfo", "SearchResult", "State", "Trial", "show"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +52,8 @@ class SearchResult:
         scheme: The searched scheme as YAML, with its dimensions; empty where it is not known.
         rescored: What came out on untouched data, where :meth:`rescore` was called.
         budget: What the objective may come to, where that was asked for instead of a level.
+        objectives: All objectives, the first one of which ``objective``, ``direction`` and ``unit``
+            are of.
     """
 
     baseline: Baseline
@@ -87,17 +70,25 @@ class SearchResult:
     confidence: float | None = None
     rescored: Rescored | None = None
     budget: float | None = None
+    objectives: tuple[ObjectiveInfo, ...] = ()
+
+    @property
+    def several(self) -> bool:
+        """Whether a front of several objectives was sought."""
+        return len(self.objectives) > 1
 
     @property
     def best(self) -> Trial | None:
         """The evaluated feasible trial with the best objective, in a budget with the best metric.
 
-        ``None`` if none is feasible.
+        Under several objectives it is the :attr:`knee`. ``None`` if none is feasible.
         """
         return self.best_of(self.trials)
 
     def best_of(self, trials: Sequence[Trial]) -> Trial | None:
         """The best of some of the trials; ``None`` if none of them is feasible."""
+        if self.several:
+            return fronts.knee(self, trials)
         if self.budget is None:
             feasible = [t for t in trials if t.state == "feasible" and t.confirms is None]
             return _best(feasible, self.direction)
@@ -107,8 +98,60 @@ class SearchResult:
             for t in trials
             if t.state in ("feasible", "aborted") and t.confirms is None and t.evidence is not None
         ]
+        return self.best_metric(kept)
+
+    def best_metric(self, trials: Sequence[Trial]) -> Trial | None:
+        """The one of some trials, all with a metric, that has the best."""
         sign = 1 if self.mode == "max" else -1
-        return max(kept, key=lambda t: sign * (t.evidence or 0.0), default=None)
+        return max(trials, key=lambda t: sign * (t.evidence or 0.0), default=None)
+
+    @property
+    def knee(self) -> Trial | None:
+        """The trial where the front of several objectives bends most.
+
+        That is farthest beyond the line (or plane) through the front's ends, on logarithmic scales.
+        ``None`` if no trial is feasible.
+
+        Raises:
+            ValueError: If there is one objective.
+        """
+        self._need_several("knee")
+        return fronts.knee(self, self.trials)
+
+    @property
+    def hypervolume(self) -> list[float]:
+        """Hypervolume of the feasible trials under several objectives, after each trial.
+
+        It begins at the dense model, on scales of logarithms of "times better": twice as good in
+        both of two objectives is ``ln(2)²``.
+
+        Raises:
+            ValueError: If there is one objective.
+        """
+        self._need_several("hypervolume")
+        return fronts.hypervolumes(self)
+
+    def pick(self, **budgets: float) -> Trial | None:
+        """The best trial of the front within budgets of some objectives.
+
+        Of several objectives, those without a budget decide, by the product of how many times they
+        are better; where all have one, all do. With one objective the metric decides.
+
+        Args:
+            **budgets: What an objective may come to, by its name (``MemoryFootprint=1e6``) or its
+                short one (``memory=1e6``).
+
+        Returns:
+            The trial; ``None`` where none is within the budgets.
+
+        Raises:
+            ValueError: If a name is none of the objectives'.
+        """
+        return fronts.pick(self, budgets)
+
+    def _need_several(self, name: str) -> None:
+        if not self.several:
+            raise ValueError(f"{name} needs a search with several objectives, got {self.objective}")
 
     @property
     def nearest_miss(self) -> Trial | None:
@@ -130,7 +173,12 @@ class SearchResult:
 
     @property
     def pareto(self) -> list[Trial]:
-        """The trials that no other beats in metric and objective at once, best objective first."""
+        """The trials that no other beats in metric and objective at once, best objective first.
+
+        Under several objectives: the feasible ones that no other feasible one beats in all of them.
+        """
+        if self.several:
+            return fronts.front(self, self.trials)
         scored = [t for t in self.trials if t.metric is not None and t.objective is not None]
         front = [t for t in scored if not any(self._dominates(other, t) for other in scored)]
         return sorted(front, key=lambda t: t.objective or 0.0, reverse=self.direction == "max")

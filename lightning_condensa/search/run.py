@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
+from lightning_condensa.objectives import Several
+from lightning_condensa.objectives.named import short_names
 from lightning_condensa.search.abort import AbortRule
 from lightning_condensa.search.dispatch import Dispatcher
 from lightning_condensa.search.executors import InProcess
@@ -18,7 +20,7 @@ from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.result import SearchResult
 from lightning_condensa.search.store import Record, Started, Store
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
-from lightning_condensa.search.trials import Trial, show
+from lightning_condensa.search.trials import ObjectiveInfo, Trial, show
 from lightning_condensa.search.views import Belief, belief, further_runs, observations, trial_of
 from lightning_condensa.search.warm_start import WarmStart, nearest_denser
 
@@ -116,7 +118,11 @@ class SearchRun:
             if values is None:
                 confirming = self._confirm(records, running)
                 if not running and confirming is None:
-                    self.progress.print("every candidate has been tried")
+                    self.progress.print(
+                        "every candidate has been tried"
+                        if self.search.goal.budget is None
+                        else "every candidate that may keep the budget has been tried"
+                    )
                 return confirming
         return self.store.start(values, self.distributions)
 
@@ -243,6 +249,8 @@ class SearchRun:
         search, formulation = self.search, self.formulation
         records = self.store.records()
         runs = further_runs(records)
+        parts = search.objective.parts if isinstance(search.objective, Several) else ()
+        first = parts[0] if parts else search.objective
         return SearchResult(
             baseline=formulation.baseline,
             trials=tuple(
@@ -255,9 +263,13 @@ class SearchRun:
             confidence=search.confidence,
             metric=search.metric,
             mode=search.mode,
-            objective=search.objective.name,
-            direction=search.objective.direction,
-            unit=search.objective.unit,
+            objective=first.name,
+            direction=first.direction,
+            unit=first.unit,
+            objectives=tuple(
+                ObjectiveInfo(part.name, part.direction, part.unit, short_names(part)[1:])
+                for part in parts or (first,)
+            ),
             curve=held.curve,
             scheme=search.space.scheme.to_yaml(),
         )

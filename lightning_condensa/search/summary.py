@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from lightning_condensa.search.noise import noise_text
-from lightning_condensa.search.trials import Trial, show
+from lightning_condensa.search.trials import ObjectiveInfo, Trial, show
 
 if TYPE_CHECKING:
     from lightning_condensa.search.result import SearchResult
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def table(result: SearchResult) -> Table:
     """The trials as a Rich table."""
-    asked = result.objective if result.budget is None else f"best {result.metric}"
+    asked = ", ".join(info.name for info in result.objectives) or result.objective
+    if result.budget is not None:
+        asked = f"best {result.metric}"
     found = Table(
         title=f"{asked} with {requirement(result)}",
         title_justify="left",
@@ -23,13 +25,10 @@ def table(result: SearchResult) -> Table:
         caption_justify="left",
     )
     names = list(result.trials[0].values) if result.trials else []
-    for column in (
-        "trial",
-        *names,
-        result.metric,
-        f"{result.objective} [{result.unit}]",
-        "× dense",
-    ):
+    further = result.objectives[1:]
+    first = ["trial", *names, result.metric, f"{result.objective} [{result.unit}]", "× dense"]
+    others = [f"{info.name} [{info.unit}]" for info in further]
+    for column in (*first, *others):
         found.add_column(column, justify="right")
     found.add_column("P(feasible)", justify="right")
     found.add_column("state")
@@ -42,6 +41,7 @@ def table(result: SearchResult) -> Table:
             "" if trial.metric is None else f"{trial.metric:.4f}",
             "" if trial.objective is None else f"{trial.objective:,.5g}",
             "" if not trial.objective else f"{result.ratio(trial):.3g}",
+            *(shown(trial, info) for info in further),
             "" if trial.probability is None else f"{trial.probability:.2f}",
             f"{trial.standing} {trial.message}"[:60].strip(),
             f"{trial.seconds:.0f} s",
@@ -54,6 +54,8 @@ def table(result: SearchResult) -> Table:
 def summary(result: SearchResult) -> str:
     """The outcome in a sentence."""
     best = result.best
+    if best is not None and result.several:
+        return _front(result, best)
     if best is not None:
         return (
             f"Trial {best.number} is best: {show(best.values)}; "
@@ -86,6 +88,29 @@ def requirement(result: SearchResult) -> str:
     sign = "≥" if result.mode == "max" else "≤"
     sure = "" if result.confidence is None else f" with probability {result.confidence:g}"
     return f"{result.metric} {sign} {result.level:.4f}{sure} (dense: {result.baseline.metric:.4f})"
+
+
+def shown(trial: Trial, info: ObjectiveInfo) -> str:
+    """One of several objectives of a trial for people; empty where it is not known."""
+    value = trial.objectives.get(info.name)
+    return "" if value is None else f"{value:,.5g}"
+
+
+def _front(result: SearchResult, best: Trial) -> str:
+    numbers = [str(t.number) for t in result.pareto]
+    ends = f"trial {numbers[0]} alone" if len(numbers) == 1 else f"trials {', '.join(numbers)}"
+    at = ", ".join(
+        f"{info.name} {shown(best, info)} {info.unit} (dense: "
+        f"{result.baseline.objectives[info.name]:,.5g})".replace("  ", " ")
+        for info in result.objectives
+    )
+    rescored = "" if result.rescored is None else f" {result.rescored}"
+    return (
+        f"The front is {ends}, of hypervolume {result.hypervolume[-1]:.3g}. "
+        f"Trial {best.number} is its knee: {show(best.values)}; {at} "
+        f"at {result.metric} {best.metric:.4f}, of {requirement(result)}{_sure(result, best)}"
+        f"{_confirmed(result, best)}.{rescored}"
+    )
 
 
 def _of(result: SearchResult) -> str:

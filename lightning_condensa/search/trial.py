@@ -137,6 +137,13 @@ class TrialOutcome:
     curve: list[list[float]] = field(default_factory=list)
     bound: float | None = None
 
+    @property
+    def objectives(self) -> dict[str, float]:
+        """All objectives by name, where there are several."""
+        return {
+            name: float(own["value"]) for name, own in self.details.get("objectives", {}).items()
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """The outcome as plain data."""
         return asdict(self)

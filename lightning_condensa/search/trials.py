@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from lightning_condensa.deploy import load_compressed
+from lightning_condensa.objectives import Direction
 from lightning_condensa.search.noise import Basis, Noise
 from lightning_condensa.search.trial import MODEL_FILE
 
@@ -25,9 +26,10 @@ class Baseline:
     Attributes:
         metric: Its metric on the validation data.
         variance: Variance of a metric measured there.
-        objective: Its objective.
+        objective: Its objective, the first one of several.
         samples: Validation samples; ``None`` where the loader does not know.
         basis: From what the variance is known.
+        objectives: All objectives by name.
     """
 
     metric: float
@@ -35,11 +37,29 @@ class Baseline:
     objective: float
     samples: int | None
     basis: Basis = "binomial"
+    objectives: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def noise(self) -> Noise:
         """Of a metric measured there."""
         return Noise(self.variance, self.basis)
+
+
+@dataclass(frozen=True)
+class ObjectiveInfo:
+    """An objective, as a result tells of it.
+
+    Attributes:
+        name: Its name.
+        direction: Whether less or more of it is better.
+        unit: Its unit.
+        short: Other names that it goes by.
+    """
+
+    name: str
+    direction: Direction
+    unit: str = ""
+    short: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,8 @@ class Trial:
             feasible; metric and model are the best until then), ``"diverged"`` or ``"failed"``.
         metric: Metric of the compressed model; ``None`` where there is none.
         variance: Variance of the metric's distance to the dense model's.
-        objective: Objective of the compressed model; for a diverged trial that of its structure.
+        objective: Objective of the compressed model, the first one of several; for a diverged
+            trial that of its structure.
         details: The objective's details.
         metrics: Everything that validation logged.
         steps: Optimizer steps.
@@ -71,6 +92,7 @@ class Trial:
         parent: The trial whose model it started from; ``None`` for the uncompressed one.
         curve: ``(progress, metric)`` of the validations in training.
         bound: What the metric of an aborted trial would have stayed short of.
+        objectives: All objectives of the compressed model by name; empty for a diverged trial.
     """
 
     number: int
@@ -93,6 +115,7 @@ class Trial:
     parent: int | None = None
     curve: Sequence[Sequence[float]] = ()
     bound: float | None = None
+    objectives: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def evidence(self) -> float | None:
@@ -119,6 +142,25 @@ class Trial:
     def load(self, module: M) -> M:
         """Load the trial's compressed model into a module of its class, in place."""
         return load_compressed(self.path, module)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the search believes of the metric along one dimension, for plots.
+
+    Attributes:
+        dimension: Name of the dimension.
+        values: Its values.
+        center: Believed metric.
+        lower: Lower end of the 95 % band.
+        upper: Upper end.
+    """
+
+    dimension: str
+    values: list[float]
+    center: list[float]
+    lower: list[float]
+    upper: list[float]
 
 
 def show(values: Mapping[str, Any]) -> str:

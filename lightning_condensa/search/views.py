@@ -63,6 +63,7 @@ def trial_of(
         probability=probability,
         confirms=record.confirms,
         runs=tuple(r.outcome.metric for r in runs),
+        objectives=outcome.objectives or formulation.named(outcome.objective),
         **own,
     )
 

@@ -237,15 +237,15 @@ def within(directory: Path, budget: float = 1500, **changes: Any) -> Any:
 def test_search_finds_the_best_within_the_budget_and_resumes(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     model = toy(journal=journal)
-    short = within(tmp_path / "a", max_trials=3, objective="memory").fit(model, **loaders())
+    short = within(tmp_path / "a", max_trials=2, objective="memory").fit(model, **loaders())
     assert short.level is None and short.target is None and short.budget == 1500
-    result = within(tmp_path / "a", max_trials=5).fit(model, **loaders())
-    assert len(journal.read_text().splitlines()) == 5
+    result = within(tmp_path / "a", max_trials=4).fit(model, **loaders())
+    assert len(journal.read_text().splitlines()) == 4
     kept = [t for t in result.trials if t.objective <= 1500]
     assert {t.number for t in kept} == {t.number for t in result.trials if t.state == "feasible"}
     assert result.best is max(kept, key=lambda t: t.metric)
     assert result.best.metric == pytest.approx(0.95, abs=0.002)  # the cliff is at 1,300 bytes
-    straight = within(tmp_path / "b", max_trials=5).fit(toy(), **loaders())
+    straight = within(tmp_path / "b", max_trials=4).fit(toy(), **loaders())
     assert [t.values for t in result.trials] == [t.values for t in straight.trials]
 
 

@@ -55,21 +55,24 @@ def with_candidates(
             best = _best(local, criterion, points, _CLIMBERS)
             level = torch.cat([domain.nearest(local.candidates), pool.neighbours(domain, best)])
             local = _restricted(problem, domain, level)
-    if domain.exact is None:
+    exact = domain.all_exact()
+    if exact is None:
         return local
     # Few enough to ask the objective itself.
     level = torch.cat([_best(local, criterion, points, _EXACT), taken])
-    return _restricted(problem, replace(domain, utility=domain.exact), level)
+    return _restricted(problem, exact, level)
 
 
 def _restricted(problem: Problem, domain: Domain, level: Tensor) -> Problem:
     """The problem with these combinations as its candidates."""
     level = distinct(level)
+    known = domain.utilities(level)
     return replace(
         problem,
         candidates=domain.points(level),
-        utility=domain.utility(level),
+        utility=known[:, 0],
         domain=domain,
+        further=known[:, 1:] if domain.further else None,
     )
 
 
@@ -105,13 +108,29 @@ def _combinations(
     if isinstance(model, DamageMixture):
         some = torch.multinomial(model.log_weights.exp(), _FRONTIERS, generator=generator)
         prices = pool.PRICES if problem.budget is None else pool.BUDGET_PRICES
-        best = pool.frontier(domain, lambda x: model.damage(x)[some], centre, prices)
-        level += [
-            best.flatten(0, 1),
-            pool.between(domain, best[:, :-1].flatten(0, 1), best[:, 1:].flatten(0, 1)),
-            pool.between(domain, best.flatten(0, 1), centre),
-        ]
+        views = _views(domain)
+        for view, members in zip(views, some.chunk(len(views)), strict=True):
+            best = _frontier(view, model, members, centre, prices)
+            level += [
+                best.flatten(0, 1),
+                pool.between(domain, best[:, :-1].flatten(0, 1), best[:, 1:].flatten(0, 1)),
+                pool.between(domain, best.flatten(0, 1), centre),
+            ]
     return level
+
+
+def _views(domain: Domain) -> list[Domain]:
+    """The domain under each of its objectives, and under their mean."""
+    if not domain.further:
+        return [domain]
+    mean = Domain(domain.axes, lambda level: domain.utilities(level).mean(dim=-1))
+    return [mean, replace(domain, further=()), *domain.further]
+
+
+def _frontier(
+    domain: Domain, model: DamageMixture, members: Tensor, start: Tensor, prices: Sequence[float]
+) -> Tensor:
+    return pool.frontier(domain, lambda x: model.damage(x)[members], start, prices)
 
 
 def _centre(

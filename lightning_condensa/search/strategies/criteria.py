@@ -15,6 +15,7 @@ from lightning_condensa.search.budget import log_within
 from lightning_condensa.search.feasibility import FeasibilityModel, feasible_ones
 from lightning_condensa.search.improvement import MetricImprovement
 from lightning_condensa.search.problem import Observation, Problem
+from lightning_condensa.search.volume import VolumeImprovement
 
 __all__ = ["Criterion", "criterion_of"]
 
@@ -45,12 +46,15 @@ def criterion_of(
     """The criterion that fits a problem.
 
     Args:
-        problem: The problem; with a budget the metric is to improve, else the utility.
+        problem: The problem; with a budget the metric is to improve, with several utilities the
+            hypervolume of the feasible trials, else the utility.
         model: What is believed of the metric.
         history: Finished evaluations.
         pending: Points under evaluation, shape ``[k, d]``.
         seed: Of draws.
     """
+    if problem.further is not None:
+        return FrontImprovement(problem, model, history, pending, seed)
     if problem.budget is None:
         return FeasibleImprovement(problem, model, history, pending)
     return ImprovementWithin(problem.budget, model, history, pending, seed)
@@ -123,7 +127,58 @@ class FeasibleImprovement(Criterion):
         return max(found, default=low - max(high - low, 1.0))
 
 
-class ImprovementWithin(Criterion):
+class Greedy(Criterion):
+    """Chooses one candidate after the other, each with those before it as pending."""
+
+    def __init__(self, pending: Tensor) -> None:
+        """Hold what is under evaluation."""
+        self._pending = pending
+
+    @abstractmethod
+    def beside(self, problem: Problem, pending: Tensor) -> Tensor:
+        """The log-value of each candidate by itself, given what is pending; shape ``[N]``."""
+
+    def values(self, problem: Problem) -> Tensor:
+        """The log-value of each candidate by itself."""
+        return self.beside(problem, self._pending)
+
+    def chosen(self, problem: Problem, free: Tensor, q: int) -> list[int]:
+        """The best one, and the best one given that, and so on."""
+        free, pending, chosen = free.clone(), self._pending, list[int]()
+        for _ in range(q):
+            value = self.beside(problem, pending).masked_fill(~free, -torch.inf)
+            best = int(value.argmax())
+            chosen.append(best)
+            free[best] = False
+            pending = torch.cat([pending, problem.candidates[best][None]])
+        return chosen
+
+
+class FrontImprovement(Greedy):
+    """Improvement of the hypervolume of several known utilities, where the metric is feasible."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        model: FeasibilityModel,
+        history: Sequence[Observation],
+        pending: Tensor,
+        seed: int,
+    ) -> None:
+        """Judge the history."""
+        super().__init__(pending)
+        self._volume = VolumeImprovement(problem, model, history, seed)
+
+    def merits(self, problem: Problem) -> list[float]:
+        """A weighted sum of each one's utilities, of infeasible ones −inf."""
+        return self._volume.merits(problem)
+
+    def beside(self, problem: Problem, pending: Tensor) -> Tensor:
+        """Log of the expected improvement of the hypervolume."""
+        return self._volume(problem, pending)
+
+
+class ImprovementWithin(Greedy):
     """Improvement of the metric, where the known utility keeps a budget."""
 
     def __init__(
@@ -135,7 +190,8 @@ class ImprovementWithin(Criterion):
         seed: int,
     ) -> None:
         """Find what is to be beaten."""
-        self._model, self._history, self._pending, self._seed = model, history, pending, seed
+        super().__init__(pending)
+        self._model, self._history, self._seed = model, history, seed
         self._kept = [
             s.metric is not None and s.utility is not None and s.utility >= budget for s in history
         ]
@@ -147,22 +203,8 @@ class ImprovementWithin(Criterion):
             for seen, kept in zip(self._history, self._kept, strict=True)
         ]
 
-    def values(self, problem: Problem) -> Tensor:
+    def beside(self, problem: Problem, pending: Tensor) -> Tensor:
         """Log of the expected improvement, times the probability of keeping the budget."""
-        return self._improvements(problem, self._pending)
-
-    def chosen(self, problem: Problem, free: Tensor, q: int) -> list[int]:
-        """One after the other, each with those before it as pending."""
-        free, pending, chosen = free.clone(), self._pending, list[int]()
-        for _ in range(q):
-            value = self._improvements(problem, pending).masked_fill(~free, -torch.inf)
-            best = int(value.argmax())
-            chosen.append(best)
-            free[best] = False
-            pending = torch.cat([pending, problem.candidates[best][None]])
-        return chosen
-
-    def _improvements(self, problem: Problem, pending: Tensor) -> Tensor:
         beaten = [s for s, kept in zip(self._history, self._kept, strict=True) if kept]
         improvement = MetricImprovement(self._model, beaten, pending, self._seed)
         return improvement(problem.candidates) + log_within(problem, self._history)

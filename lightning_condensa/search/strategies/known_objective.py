@@ -34,7 +34,7 @@ class KnownObjectiveStrategy(Strategy):
 
     Example:
         >>> import torch
-        >>> from lightning_condensa.search.problem import Observation, Problem
+        >>> from lightning_condensa.search import Observation, Problem
         >>> u = torch.linspace(0.1, 5.0, 50, dtype=torch.float64)
         >>> dense = Observation(torch.zeros(1), metric=0.98, variance=1e-6, utility=0.0)
         >>> problem = Problem(u[:, None], u, dense, level=0.97, noise_variance=1e-6, cliff=True)
