@@ -18,12 +18,13 @@ def run(script: str, *arguments: str, cwd: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         [sys.executable, str(ROOT / "examples" / script), *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
 
+@pytest.mark.timeout(900)
 def test_the_main_job_in_small(tmp_path: Path) -> None:
     # Hardly trained networks: a wide tolerance, so that something is feasible.
     small = ("--trials", "2", "--epochs", "4", "--tolerance", "0.9", "--confidence", "0.5")

@@ -239,6 +239,7 @@ def test_a_hopeless_trial_ends_early_and_is_recorded(tmp_path: Path) -> None:
     assert {t.state for t in loose.trials} == {"feasible"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_aborts_the_same_trials(tmp_path: Path) -> None:
     straight = aborting(tmp_path / "a").fit(learner(), **loaders())
     aborting(tmp_path / "b", max_trials=5).fit(learner(), **loaders())
@@ -248,6 +249,7 @@ def test_an_interrupted_search_aborts_the_same_trials(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_min_epochs_are_kept(tmp_path: Path) -> None:
     settings = {"max_epochs": 6, "min_epochs": 6, "accelerator": "cpu"}
     result = aborting(tmp_path, trainer=settings).fit(learner(), **loaders())

@@ -160,6 +160,7 @@ def lost(name: str, case: SyntheticCliff, budget: float, trials: int) -> float:
     return case.best_within(budget) - float(case.accuracy[chosen[best]])
 
 
+@pytest.mark.slow
 def test_one_density_comes_near_to_the_best_within_the_budget() -> None:
     cases = [SyntheticCliff.draw(seed) for seed in range(8)]
     budgets = [min(c.optimum * (0.6 + 0.1 * i), 5.5) for i, c in enumerate(cases)]
@@ -249,6 +250,7 @@ def test_search_finds_the_best_within_the_budget_and_resumes(tmp_path: Path) -> 
     assert [t.values for t in result.trials] == [t.values for t in straight.trials]
 
 
+@pytest.mark.slow
 def test_the_study_holds_what_resuming_under_another_budget_needs(tmp_path: Path) -> None:
     first = within(tmp_path, max_trials=3).fit(toy(), **loaders())
     study = optuna.load_study(study_name="condensa", storage=f"sqlite:///{tmp_path}/study.db")
@@ -283,6 +285,7 @@ def test_a_loss_is_minimized_above_a_bound(tmp_path: Path) -> None:
     assert "zeros ≥ 3,900" in result.summary()
 
 
+@pytest.mark.slow
 def test_nothing_within_the_budget_is_said_with_the_nearest_miss(tmp_path: Path) -> None:
     class Grows(MemoryFootprint):
         """Larger after training than it seemed."""
@@ -311,6 +314,7 @@ def test_nothing_within_the_budget_is_said_with_the_nearest_miss(tmp_path: Path)
     assert later.best is not None and later.best.objective <= 1500  # it has learned that they grow
 
 
+@pytest.mark.slow
 def test_report_plots_and_table_tell_of_the_budget(tmp_path: Path) -> None:
     result = within(tmp_path, max_trials=2, budget=1600).fit(toy(), **loaders())
     page = result.to_html()
@@ -355,6 +359,7 @@ class TwoLayers(Toy):
         self.log("val_acc", 0.95 - 0.3 * min(sum(lost), 3.0))
 
 
+@pytest.mark.slow
 def test_several_groups_share_the_budget_as_they_need(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = TwoLayers()

@@ -82,6 +82,7 @@ def test_result_loads_saves_and_plots(tmp_path: Path) -> None:
     assert f"Trial {best.number} is best" in text and "MemoryFootprint" in text
 
 
+@pytest.mark.slow
 def test_loss_metric_is_minimized(tmp_path: Path) -> None:
     result = search(tmp_path, metric="val_loss", mode="min", max_trials=8).fit(toy(), **loaders())
     assert result.level == pytest.approx(0.15)
@@ -98,6 +99,7 @@ def test_several_dimensions_and_choices(tmp_path: Path) -> None:
     result.plot()
 
 
+@pytest.mark.slow
 def test_callable_objective_both_directions(tmp_path: Path) -> None:
     def zeros(compressed):
         return float((compressed.module.layer.weight == 0).sum())
@@ -184,6 +186,7 @@ search(Path(sys.argv[1])).fit(Killed(journal=Path(sys.argv[2])), **loaders())
 """
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_in_trial_four_loses_nothing_finished(tmp_path: Path) -> None:
     journal, ready = tmp_path / "journal", tmp_path / "ready"
     environment = {**os.environ, "READY": str(ready), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -102,6 +102,7 @@ def test_confirmation_ends_with_the_first_that_holds(tmp_path: Path) -> None:
     assert len(fits(tmp_path)) == 5 and again.best.runs == result.best.runs
 
 
+@pytest.mark.slow
 def test_runs_may_not_suffice(tmp_path: Path) -> None:
     result = run(tmp_path, lucky(tmp_path, 8, 9), confirm=1)
     assert [t.confirms for t in result.trials[10:]] == [9]
@@ -122,6 +123,7 @@ def test_a_run_that_diverges_overturns(tmp_path: Path) -> None:
     assert "a run diverged of 2 runs" in first.standing
 
 
+@pytest.mark.slow
 def test_the_tolerance_judges_confirmed_trials_again(tmp_path: Path) -> None:
     strict = run(tmp_path, lucky(tmp_path, 9), confirm=1)
     assert strict.trials[9].state == "infeasible"
@@ -129,6 +131,7 @@ def test_the_tolerance_judges_confirmed_trials_again(tmp_path: Path) -> None:
     assert loose.best.number == 9 and len(fits(tmp_path)) == 11
 
 
+@pytest.mark.slow
 def test_a_search_that_goes_on_counts_and_seeds_as_if_unconfirmed(tmp_path: Path) -> None:
     given: dict[str, Any] = {"method": "auto"}
     run(tmp_path, lucky(tmp_path), max_trials=3, confirm=1, **given)
@@ -139,6 +142,7 @@ def test_a_search_that_goes_on_counts_and_seeds_as_if_unconfirmed(tmp_path: Path
     assert len({t.values["density"] for t in searched}) == 5
 
 
+@pytest.mark.slow
 def test_a_search_that_goes_on_forgets_the_luck(tmp_path: Path) -> None:
     first = run(tmp_path, lucky(tmp_path, 2), max_trials=3, confirm=1, method="random", seed=0)
     assert first.trials[2].state == "infeasible" and first.trials[3].confirms == 2

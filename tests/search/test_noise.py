@@ -215,6 +215,7 @@ def test_a_given_noise_needs_no_scores(tmp_path: Path, trained: dict[str, Tensor
     assert [t.basis for t in later.trials] == ["binomial", "binomial"]
 
 
+@pytest.mark.slow
 def test_a_resumed_search_judges_each_trial_by_its_own_noise(
     tmp_path: Path, trained: dict[str, Tensor]
 ) -> None:

@@ -61,6 +61,7 @@ def study(directory: Path) -> optuna.Study:
     return optuna.load_study(study_name="condensa", storage=f"sqlite:///{directory}/study.db")
 
 
+@pytest.mark.slow
 def test_pending_trials_are_told_to_the_strategy_and_the_budget_is_kept(tmp_path: Path) -> None:
     executor = Late()
     result = search(tmp_path, executor=executor, max_trials=7).fit(toy(), **loaders())
@@ -82,6 +83,7 @@ def test_a_lost_trial_is_run_once_more_and_counts_once(tmp_path: Path) -> None:
     assert len(study(tmp_path / "a").trials) == 6
 
 
+@pytest.mark.slow
 def test_a_trial_lost_twice_is_recorded_as_failed(tmp_path: Path) -> None:
     executor = Late(lambda job, tried: job.number == 4)
     result = search(tmp_path, executor=executor, max_trials=6).fit(toy(), **loaders())

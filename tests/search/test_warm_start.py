@@ -94,6 +94,7 @@ def test_no_trial_starts_warm_where_that_is_not_wanted(tmp_path: Path) -> None:
     assert len({t.steps for t in result.trials}) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_search_has_the_same_parents(tmp_path: Path) -> None:
     dense = watched(tmp_path / "starts")
     search(tmp_path / "a", max_trials=2).fit(dense, **loaders())
