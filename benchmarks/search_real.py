@@ -6,8 +6,9 @@ differs is which densities it tries, and with what shortcuts::
     python benchmarks/search_real.py --seeds 0 1 2
     python benchmarks/search_real.py --tasks cifar-vgg shakespeare-lstm --data DATA
 
-A trial prunes to one density and stores half precision; the objective is the packed file. The
-smallest feasible model so far is tested on images or text by which nothing was chosen.
+A trial prunes to one density and stores half precision, and the objective is the packed file; or
+it prunes filters, and the objective is the measured latency in ONNX Runtime. The best feasible
+model so far is tested on images or text by which nothing was chosen.
 """
 
 from __future__ import annotations
@@ -25,7 +26,18 @@ from common import RESULTS, environment, silence, update_results
 from tasks import TASKS, Start, Task, TaskModule, dense_start
 from torch import Tensor
 
-from lightning_condensa import Compose, CondensaSearch, MemoryFootprint, Prune, Quantize, Range
+from lightning_condensa import (
+    Compose,
+    CondensaSearch,
+    FilterPrune,
+    Latency,
+    MemoryFootprint,
+    Prune,
+    Quantize,
+    Range,
+    Scheme,
+)
+from lightning_condensa.objectives import Objective
 from lightning_condensa.search import Observation, Problem, SearchResult, Strategy
 from lightning_condensa.search.strategies.base import require_one_coordinate
 
@@ -38,13 +50,46 @@ METHODS: dict[str, dict[str, Any]] = {
     "bisection": {**COLD, "method": "bisection"},
     "optuna GP": COLD,
 }
-#: Loss that is allowed, in the metric's units, and the least density.
-LIMITS = {
-    "digits-cnn": (0.01, 0.001),
-    "digits-transformer": (0.01, 0.001),
-    "cifar-vgg": (0.02, 0.001),
-    "cifar-resnet8": (0.02, 0.001),
-    "shakespeare-lstm": (0.05, 0.01),
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is searched for.
+
+    Attributes:
+        task: Name of the network and data.
+        tolerance: Loss that is allowed, in the metric's units; accuracies are shares.
+        least: The least density.
+        latency: Whether filters are pruned for latency, not elements for the file.
+    """
+
+    task: str
+    tolerance: float
+    least: float
+    latency: bool = False
+
+    def scheme(self) -> Scheme:
+        """What a trial does, with the density open."""
+        density = Range(self.least, 1.0, log=True)
+        if self.latency:
+            return FilterPrune(density, scope="layer")
+        return Compose([Prune(density), Quantize("float16")])
+
+    def objective(self, start: Start) -> Objective:
+        """Bytes, or seconds for one input on one thread."""
+        if self.latency:
+            x = start.splits.val.tensors[0][:1]
+            return Latency(x, threads=1, min_seconds=1.0, engine="onnxruntime")
+        return MemoryFootprint()
+
+
+CASES = {
+    "digits-cnn": Case("digits-cnn", 0.01, 0.001),
+    "digits-transformer": Case("digits-transformer", 0.01, 0.001),
+    "cifar-vgg": Case("cifar-vgg", 0.02, 0.001),
+    "cifar-vgg, latency": Case("cifar-vgg", 0.02, 0.05, latency=True),
+    "cifar-resnet8": Case("cifar-resnet8", 0.02, 0.001),
+    "shakespeare-lstm": Case("shakespeare-lstm", 0.05, 0.01),
 }
 #: Validations in a full training run.
 VALIDATIONS = 24
@@ -96,23 +141,28 @@ class OptunaGP(Strategy):
 class Cell:
     """One search to run."""
 
-    task: Task
+    name: str
     method: str
     seed: int
     trials: int
 
+    @property
+    def task(self) -> Task:
+        """The network and data."""
+        return TASKS[CASES[self.name].task]
+
     def run(self, start: Start) -> dict[str, Any]:
         """Search, and tell what was found after each trial, and for how many optimizer steps."""
-        tolerance, least = LIMITS[self.task.name]
+        case = CASES[self.name]
         module = ShareModule(self.task)
         module.load_state_dict(start.weights)
         with tempfile.TemporaryDirectory() as folder:
             search = CondensaSearch(
-                Compose([Prune(Range(least, 1.0, log=True)), Quantize("float16")]),
-                MemoryFootprint(),
+                case.scheme(),
+                case.objective(start),
                 METRIC,
                 mode=self.task.mode,
-                tolerance=tolerance,
+                tolerance=case.tolerance,
                 max_trials=self.trials,
                 trainer={
                     "max_epochs": self.task.epochs,
@@ -130,10 +180,10 @@ class Cell:
             result = search.fit(module.eval(), datamodule=start.data())
             rows = self._rows(result, start)
         return {
-            "task": self.task.name,
+            "task": self.name,
             "method": self.method,
             "seed": self.seed,
-            "tolerance": tolerance,
+            "tolerance": case.tolerance,
             "dense": {
                 "metric": result.baseline.metric,
                 "objective": result.baseline.objective,
@@ -180,7 +230,7 @@ def main() -> None:
     """Run the cells asked for, and write ``search_real.json`` after every one."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=LIMITS, default=["digits-cnn"])
+    add("--tasks", nargs="+", choices=CASES, default=["digits-cnn"])
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", type=int, nargs="+", default=[0])
     add("--trials", type=int, default=10)
@@ -192,13 +242,13 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed in options.seeds:
         for name in options.tasks:
-            start = dense_start(TASKS[name], seed, options.data)
+            start = dense_start(TASKS[CASES[name].task], seed, options.data)
             for method in options.methods:
-                row = Cell(TASKS[name], method, seed, options.trials).run(start)
+                row = Cell(name, method, seed, options.trials).run(start)
                 update_results("search_real", lambda found, row=row: _put(found, row), options.out)
                 last = row["trials"][-1]
                 print(
-                    f"{name} seed {seed} {method}: {last['best_objective']} bytes, "
+                    f"{name} seed {seed} {method}: {last['best_objective']}, "
                     f"test {last['test']}, {last['steps_so_far']} steps",
                     flush=True,
                 )
