@@ -301,8 +301,10 @@ int64_t sparse_group(const geometry *g, int64_t count) {
 }
 
 /* Channels are worked off in blocks whose input stays in the first cache while all filters pass,
- * if each filter has enough weights there to be worth the visit. Returns channels of a block. */
+ * if each filter has enough weights there to be worth the visit. Returns channels of a block; all
+ * where dot products read one sample. */
 int64_t sparse_block(const geometry *g, int64_t weights) {
+    if (is_matrix(g) && g->samples == 1) return g->channels;
     int64_t blocks = ceil_div(g->channels * tile_bytes(g, tile_vectors(g)), FIRST_CACHE);
     blocks = clamp(weights / (WEIGHTS_A_VISIT * g->filters), 1, clamp(blocks, 1, g->channels));
     return ceil_div(g->channels, blocks);

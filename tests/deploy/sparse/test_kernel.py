@@ -101,6 +101,8 @@ def test_any_linear_layer(features, leading, density, bias, relu) -> None:
         (nn.Conv2d(96, 40, 3, padding=1), (3, 96, 34, 34)),  # several tiles, sample by sample
         (nn.Conv2d(512, 300, 1), (75, 512, 3, 2)),  # several groups, the last not full
         (nn.Linear(3000, 900), (300, 3000)),  # the same for a matrix
+        (nn.Linear(3000, 900), (1, 3000)),  # one sample, a dot product for each output
+        (nn.Linear(3000, 900), (3, 3000)),
         (nn.Conv2d(8, 6, 3, 2, 1), (37, 8, 6, 6)),
     ],
 )
