@@ -19,7 +19,7 @@ from lightning_condensa.deploy.timing import Comparison, Ratio, compare
 
 #: What a layer got and gave.
 Call = tuple[Tensor, Tensor]
-Method = Literal["dense", "csr", "bsr", "direct"]
+Method = Literal["dense", "csr", "bsr", "direct", "direct, one thread"]
 
 #: A layer is exchanged if it is faster by this factor, and in three rounds of four.
 MARGIN = 1.05
@@ -120,6 +120,8 @@ def _candidates(dense: DenseLayer) -> tuple[dict[str, SparseLayer], str]:
         found["bsr"] = MatrixLayer(dense, side)
     try:
         found["direct"] = DirectLayer(dense)
+        if torch.get_num_threads() > 1:  # a small layer is done before other threads are awake
+            found["direct, one thread"] = DirectLayer(dense, threads=1)
     except KernelUnavailableError as error:
         return found, str(error)
     return found, ""

@@ -36,18 +36,18 @@ class _Plan:
 class DirectLayer(SparseLayer):
     """A layer as a sum of shifted inputs, one for each non-zero weight (``kernel.c``).
 
-    It runs in as many threads as torch has when it is called.
-
     Args:
         dense: What it stands for.
+        threads: That it runs in; as many as torch has when it is called where ``None``.
 
     Raises:
         KernelUnavailableError: If the kernel can't be compiled here.
     """
 
-    def __init__(self, dense: DenseLayer) -> None:
+    def __init__(self, dense: DenseLayer, threads: int | None = None) -> None:
         super().__init__(dense)
         load_library()
+        self._threads = threads
         layer = dense.layer
         self._window = Window.of(layer) if isinstance(layer, nn.Conv2d) else Window()
         weight = layer.weight.detach().flatten(1)
@@ -71,7 +71,7 @@ class DirectLayer(SparseLayer):
         load_library().sparse_forward(
             *(x.data_ptr(), y.data_ptr(), scratch.data_ptr()),
             *plan.arguments,
-            torch.get_num_threads(),
+            self._threads or torch.get_num_threads(),
         )
         return y
 

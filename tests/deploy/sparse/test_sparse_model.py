@@ -267,6 +267,18 @@ def test_a_large_sparse_layer_is_exchanged_and_faster() -> None:
     assert "direct" in str(sparse.report)
 
 
+def test_a_layer_may_leave_threads_idle() -> None:
+    module = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 16)).eval()
+    compressed = CompressedModel.compress(module, Prune(0.02, scope="layer"))
+    x = torch.randn(4, 512)
+    assert "direct, one thread" not in compressed.to_sparse(x, threads=1).report.rows[0].seconds
+    sparse = compressed.to_sparse(x, threads=2)
+    assert {"direct", "direct, one thread"} <= sparse.report.rows[0].seconds.keys()
+    layer = DenseLayer(compressed.module[0], Epilogue())
+    alone, all_threads = (DirectLayer(layer, threads=t)(x) for t in (1, 3))
+    assert torch.equal(alone, all_threads)
+
+
 def test_only_what_wins_by_measurement_is_exchanged() -> None:
     dense = (1.0, 1.0, 1.0, 1.0)
     assert _fastest(Comparison({"dense": dense, "csr": (0.97,) * 4}))[0] == "dense"
