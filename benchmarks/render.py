@@ -16,6 +16,7 @@ from common import read_results
 from render_deploy import deploy, end_to_end, sparse_execution
 from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
+from render_real import search_faults, search_real
 from render_schemes import char_lstm, lenet300, mutations, packed, quantizers, structured
 from render_search import search_1d, search_1d_risk, search_hosts, search_nd, search_scaling
 from tables import source, spread, table
@@ -86,6 +87,8 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "search-nd": search_nd,
     "search-scaling": search_scaling,
     "search-hosts": search_hosts,
+    "search-real": search_real,
+    "search-faults": search_faults,
     "sparse-execution": sparse_execution,
     "deploy": deploy,
     "end-to-end": end_to_end,

@@ -146,7 +146,7 @@ def scbo(problem: Problem, history: Sequence[Observation], x: Tensor, trial: int
     models = _models(problem, history, x)
     values = [_value(problem, s) for s in history]
     centre = x[max(range(len(x)), key=values.__getitem__)]
-    length = trust_region(history, lambda s: _value(problem, s), x.shape[1])
+    length = trust_region(values, x.shape[1])
     sampling = ConstrainedMaxPosteriorSampling(
         models.models[0], ModelListGP(models.models[1]), replacement=False
     )
