@@ -34,7 +34,8 @@ class Study:
     """The cells of the accuracy study, ready for tables.
 
     Attributes:
-        scores: Test metric of every seed by (task, density, budget) and method.
+        scores: Test metrics by (task, density, budget) and method: of the seeds that all methods
+            have, where these are three at least, else of each one's own.
         metrics: ``"acc"`` or ``"bpc"`` by task.
         methods: Those with any result, in the order of the tables.
         complete: Where every method has run: only there they are ranked.
@@ -42,10 +43,11 @@ class Study:
 
     def __init__(self, results: dict[str, Any]) -> None:
         self.results = results
-        self.scores: dict[tuple[str, float, int], dict[str, list[float]]] = {}
+        found: dict[tuple[str, float, int], dict[str, dict[int, float]]] = {}
         for c in results["cells"]:
-            place = self.scores.setdefault((c["task"], c["density"], c["budget"]), {})
-            place.setdefault(c["method"], []).append(c["test"])
+            place = found.setdefault((c["task"], c["density"], c["budget"]), {})
+            place.setdefault(c["method"], {})[c["seed"]] = c["test"]
+        self.scores = {place: _on_equal_seeds(by_method) for place, by_method in found.items()}
         self.metrics = {d["task"]: d["metric"] for d in results["dense"]}
         self.methods = [m for m in METHODS if any(m in place for place in self.scores.values())]
         self.complete = [place for place in self.scores if self._complete(place)]
@@ -95,7 +97,7 @@ class Study:
         records = [d for d in self.results["dense"] if d["task"] == task]
         networks = {d["weights"]: d["test"] for d in records if d["budget"] in budgets}
         dense = list(networks.values())
-        seeds = len({d["seed"] for d in records})
+        seeds = max(len(v) for p, m in self.scores.items() if p[0] == task for v in m.values())
         unit = "bits per character, less is better"
         if self.metrics[task] == "acc":
             unit = "accuracy in %"
@@ -125,6 +127,15 @@ class Study:
     def source(self) -> str:
         """Where the figures come from, in a line."""
         return cells_source("lc_quality", self.results)
+
+
+def _on_equal_seeds(found: dict[str, dict[int, float]]) -> dict[str, list[float]]:
+    """Where a method has more seeds than others, those that all have: some seeds are harder."""
+    common = set[int].intersection(*(set(seeds) for seeds in found.values()))
+    return {
+        method: [test for seed, test in seeds.items() if len(common) < 3 or seed in common]
+        for method, seeds in found.items()
+    }
 
 
 def _column(density: float, budget: int, with_budget: bool) -> str:
