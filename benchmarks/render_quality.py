@@ -36,6 +36,7 @@ class Study:
     Attributes:
         scores: Test metrics by (task, density, budget) and method: of the seeds that all methods
             have, where these are three at least, else of each one's own.
+        seeds: Those that are shown, by task.
         metrics: ``"acc"`` or ``"bpc"`` by task.
         methods: Those with any result, in the order of the tables.
         complete: Where every method has run: only there they are ranked.
@@ -48,6 +49,10 @@ class Study:
             place = found.setdefault((c["task"], c["density"], c["budget"]), {})
             place.setdefault(c["method"], {})[c["seed"]] = c["test"]
         self.scores = {place: _on_equal_seeds(by_method) for place, by_method in found.items()}
+        self.seeds = {
+            task: set().union(*(_seeds_shown(m) for p, m in found.items() if p[0] == task))
+            for task, _, _ in found
+        }
         self.metrics = {d["task"]: d["metric"] for d in results["dense"]}
         self.methods = [m for m in METHODS if any(m in place for place in self.scores.values())]
         self.complete = [place for place in self.scores if self._complete(place)]
@@ -95,9 +100,10 @@ class Study:
         steps = {BUDGETS[c["budget"]]: c["optimizer_steps"] for c in cells}
         lengths = ", ".join(f"{name} is {n:,} optimizer steps" for name, n in steps.items())
         records = [d for d in self.results["dense"] if d["task"] == task]
+        records = [d for d in records if d["seed"] in self.seeds[task]]
         networks = {d["weights"]: d["test"] for d in records if d["budget"] in budgets}
         dense = list(networks.values())
-        seeds = max(len(v) for p, m in self.scores.items() if p[0] == task for v in m.values())
+        seeds = len({d["seed"] for d in records})
         unit = "bits per character, less is better"
         if self.metrics[task] == "acc":
             unit = "accuracy in %"
@@ -131,11 +137,14 @@ class Study:
 
 def _on_equal_seeds(found: dict[str, dict[int, float]]) -> dict[str, list[float]]:
     """Where a method has more seeds than others, those that all have: some seeds are harder."""
-    common = set[int].intersection(*(set(seeds) for seeds in found.values()))
-    return {
-        method: [test for seed, test in seeds.items() if len(common) < 3 or seed in common]
-        for method, seeds in found.items()
-    }
+    shown = _seeds_shown(found)
+    return {m: [test for seed, test in own.items() if seed in shown] for m, own in found.items()}
+
+
+def _seeds_shown(found: dict[str, dict[int, float]]) -> set[int]:
+    """Seeds that all methods have, where these are three at least, else all there are."""
+    common = set[int].intersection(*(set(own) for own in found.values()))
+    return common if len(common) >= 3 else set[int]().union(*found.values())
 
 
 def _column(density: float, budget: int, with_budget: bool) -> str:
