@@ -74,16 +74,19 @@ def compare(
     *,
     min_seconds: float = 0.5,
     min_rounds: int = 10,
+    turn_seconds: float = 0.0,
 ) -> Comparison:
     """Time callables in turn, in one process.
 
-    Each round calls every one of them once, the first one being another in every round; two calls
-    beforehand are not timed. Where CUDA is in use, a call ends when the device is done.
+    Each round gives every one of them a turn, the first one being another in every round; two calls
+    beforehand are not counted. Where CUDA is in use, a turn ends when the device is done.
 
     Args:
         functions: By name.
         min_seconds: How long to measure, all together.
         min_rounds: How many rounds to measure at least.
+        turn_seconds: How long a turn takes at least: a callable that needs less is called several
+            times in a row, which keeps the caches its own, and the median of them counts.
 
     Raises:
         ValueError: If there is nothing to time, or no time to do it.
@@ -99,6 +102,8 @@ def compare(
             "min_seconds must be positive and min_rounds at least 1, "
             f"got {min_seconds!r} and {min_rounds!r}"
         )
+    if not turn_seconds >= 0:
+        raise ValueError(f"turn_seconds must not be negative, got {turn_seconds!r}")
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for function in functions.values():
@@ -109,7 +114,7 @@ def compare(
     while rounds < min_rounds or time.perf_counter() < end:
         first = rounds % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds(functions[name]))
+            seconds[name].append(_turn(functions[name], turn_seconds))
         rounds += 1
     return Comparison({name: tuple(values) for name, values in seconds.items()})
 
@@ -118,6 +123,14 @@ def finish() -> None:
     """Wait until CUDA, if it is in use, has done all that it was given."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
+
+
+def _turn(function: Callable[[], Any], seconds: float) -> float:
+    end = time.perf_counter() + seconds
+    times = [_seconds(function)]
+    while time.perf_counter() < end:
+        times.append(_seconds(function))
+    return statistics.median(times)
 
 
 def _seconds(function: Callable[[], Any]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,6 +34,18 @@ class Objective(ABC):
     def details(self, compressed: CompressedModel) -> dict[str, Any]:
         """The figure with what is needed to interpret it, as plain data."""
         return {"value": self(compressed)}
+
+    def beside(self, dense: nn.Module, values: Mapping[str, float]) -> Objective:
+        """The same objective, told what it is for the uncompressed module.
+
+        One that is measured takes turns with that module, so that two values compare although the
+        machine was busier, or another one, when the second was taken. A count is as it is.
+
+        Args:
+            dense: The uncompressed module.
+            values: Its objectives by name, this one's among them.
+        """
+        return self
 
     @property
     def name(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.objectives.base import Objective
@@ -42,6 +44,10 @@ class Several(Objective):
         """The first one's details, and under ``"objectives"`` the details of all by name."""
         every = {part.name: part.details(compressed) for part in self.parts}
         return {**every[self.parts[0].name], "objectives": every}
+
+    def beside(self, dense: nn.Module, values: Mapping[str, float]) -> Several:
+        """The same objectives, each told what it is for the uncompressed module."""
+        return Several([part.beside(dense, values) for part in self.parts])
 
     @property
     def name(self) -> str:

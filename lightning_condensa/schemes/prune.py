@@ -149,6 +149,10 @@ class DensityPrune(Scheme, ABC):
         floors = [min(self.min_per_layer, n) for n in sizes]
         return _kept(pool, sum(sizes), sum(floors), self.min_per_layer), floors
 
+    def kept(self, pool: Pool[Any], sizes: list[int]) -> int:
+        """How many elements or groups of a pool survive, as far as their scores do not matter."""
+        return self.counts(pool, sizes)[0]
+
     def pools(self, members: Sequence[T]) -> Iterator[Pool[T]]:
         """What shares a threshold.
 
@@ -175,7 +179,7 @@ class DensityPrune(Scheme, ABC):
     def check(self, targets: Sequence[Target]) -> None:
         """Check that every pool keeps something of every tensor."""
         for pool in self.pools(targets):
-            self._count(pool)
+            self._kept_of(pool)
 
     def _groups_of(self, target: Target) -> int:
         return self.score(target, torch.empty(target.shape, device="meta")).numel()
@@ -183,12 +187,13 @@ class DensityPrune(Scheme, ABC):
     def structure(self, targets: Sequence[Target]) -> object:
         """The count that each pool keeps: densities that round to the same count are the same."""
         counts = tuple(
-            (tuple(t.name for t in pool.members), self._count(pool)) for pool in self.pools(targets)
+            (tuple(t.name for t in pool.members), self._kept_of(pool))
+            for pool in self.pools(targets)
         )
         return replace(self, density=1.0, overrides={}), counts
 
-    def _count(self, pool: Pool[Target]) -> int:
-        return self.counts(pool, [self._groups_of(t) for t in pool.members])[0]
+    def _kept_of(self, pool: Pool[Target]) -> int:
+        return self.kept(pool, [self._groups_of(t) for t in pool.members])
 
     def relaxed(self: P, progress: float) -> P:
         """Density part of the way down from 1."""

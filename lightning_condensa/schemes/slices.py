@@ -272,7 +272,7 @@ class LinkedPrune(Scheme):
         return tuple(
             (
                 tuple(coupling.name for coupling in pool.members),
-                self.scheme.counts(pool, [coupling.groups for coupling in pool.members])[0],
+                self.scheme.kept(pool, [coupling.groups for coupling in pool.members]),
             )
             for pool in self.scheme.pools(couplings)
         )

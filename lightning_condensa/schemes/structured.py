@@ -192,9 +192,17 @@ class GroupPrune(DensityPrune):
         counts = count_nonzero(keep)
         return [self._aligned(s, n) for s, n in zip(scores, counts, strict=True)]
 
+    def kept(self, pool: Pool[Any], sizes: list[int]) -> int:
+        """How many groups of a pool survive; of several tensors before ``align`` counts."""
+        count = super().kept(pool, sizes)
+        return self._multiple(count, sizes[0]) if len(sizes) == 1 else count
+
     def _aligned(self, score: Tensor, count: int) -> Tensor:
-        multiple = max(round(count / self.align), 1) * self.align
-        return topk_masks([score], min(multiple, score.numel()))[0]
+        return topk_masks([score], self._multiple(count, score.numel()))[0]
+
+    def _multiple(self, count: int, size: int) -> int:
+        """The multiple of ``align`` next to a count, out of so many."""
+        return min(max(round(count / self.align), 1) * self.align, size)
 
 
 @dataclass(frozen=True)

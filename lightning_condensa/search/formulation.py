@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -27,6 +28,8 @@ from lightning_condensa.search.trials import Baseline
 
 #: Constraint of a diverged trial: infeasible by far, and finite, which the dashboard needs.
 DIVERGED_VIOLATION = 1e6
+#: Relative gain of the objective below which a search is in vain.
+_GAIN = 0.01
 
 
 class Formulation:
@@ -41,6 +44,7 @@ class Formulation:
         z: Margin in standard deviations of the metric's noise.
 
     Attributes:
+        objective: What is optimized, told of the uncompressed model.
         candidates: The values that can be proposed.
         points: Their coordinates, float64 of shape ``(N, d)``.
         landscape: Their objective, and that of every other point.
@@ -64,7 +68,8 @@ class Formulation:
         self.sign = goal.sign
         self.level = goal.level(baseline.metric)
         self.small = goal.small(baseline.metric)
-        parts = objective.parts if isinstance(objective, Several) else (objective,)
+        self.objective = told = objective.beside(model, baseline.objectives)
+        parts = told.parts if isinstance(told, Several) else (told,)
         first, dense = parts[0], baseline.objective
         self.landscape = Landscape(first, space, model, dense, goal.budget)
         self._others = {
@@ -105,6 +110,20 @@ class Formulation:
             raise ValueError(
                 f"budget={goal.budget!r} is out of reach: the {objective.name} that this scheme "
                 f"comes nearest with is {nearest:.6g} {objective.unit}"
+            )
+        if goal.budget is None:
+            self._warn_of_no_gain()
+
+    def _warn_of_no_gain(self) -> None:
+        """Say before any training where none can help."""
+        gain = self.problem.utility.max() - self.utility(self.baseline.objective)
+        if float(gain) < _GAIN:
+            name = self.landscape.measure.objective.name
+            warnings.warn(
+                f"no value of the scheme makes the {name} more than {_GAIN:.0%} better than that "
+                "of the uncompressed model: does it depend on what the scheme changes?",
+                UserWarning,
+                stacklevel=2,
             )
 
     @property

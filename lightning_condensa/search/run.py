@@ -166,7 +166,7 @@ class SearchRun:
             callback=search.callback,
             metric=search.metric,
             mode=search.mode,
-            objective=search.objective,
+            objective=self.formulation.objective,
             directory=self._directory(trial.number),
             seed=search.seed + trial.index,
             stamp=trial.stamp,

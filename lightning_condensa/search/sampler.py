@@ -101,15 +101,17 @@ class CondensaSampler(BaseSampler):
             raise ValueError(f"confidence={confidence!r} needs a tolerance, got budget={budget!r}")
         if not math.isfinite(baseline):
             raise ValueError(f"baseline must be a finite number, got {baseline!r}")
-        self._objective, self._seed = objective, seed
+        self._seed = seed
         self._strategy = strategy_for(method, goal)
+        value = objective(CompressedModel(model, {}, scheme))
         dense = Baseline(
             metric=baseline,
             variance=noise_variance(baseline, samples, goal.small(baseline))
             if metric_std is None
             else metric_std**2,
-            objective=objective(CompressedModel(model, {}, scheme)),
+            objective=value,
             samples=samples,
+            objectives={objective.name: value},
         )
         self._formulation = Formulation(
             SearchSpace(scheme), objective, model, dense, goal, margin_of(confidence)
@@ -141,7 +143,7 @@ class CondensaSampler(BaseSampler):
             is not finite fails the trial, which is still known to have diverged.
         """
         known = metric if math.isfinite(metric) else None
-        objective = float(self._objective(compressed))
+        objective = float(self._formulation.objective(compressed))
         trial.set_user_attr(_METRIC, known)
         trial.set_user_attr(_OBJECTIVE, objective)
         violation = self._formulation.violation(known, objective)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lightning_condensa.objectives import (
     MemoryFootprint,
     Objective,
     Parameters,
+    Several,
     Throughput,
     as_objective,
 )
@@ -108,6 +110,8 @@ BATCH = 2
 def test_flops_of_dense_layers(
     module: nn.Module, shape: tuple[int, ...], multiplications: int
 ) -> None:
+    for weight in module.parameters():
+        nn.init.uniform_(weight, 0.5, 1.0)  # none is zero by chance
     scheme = Prune(1.0, types=("Linear", "_ConvNd", "RNNBase", "MultiheadAttention"))
     objective = FLOPs(torch.rand(BATCH, *shape))
     details = objective.details(compress(module, scheme))
@@ -238,16 +242,115 @@ def test_latency_and_throughput_measure_one_pass() -> None:
     example = torch.rand(8, 2)
     figures = Latency(example, threads=1, min_seconds=0.05).details(compressed)
     assert set(figures) == {
-        *("value", "median", "iqr", "minimum", "mean", "runs"),
+        *("value", "median", "iqr", "minimum", "mean", "turns"),
         *("engine", "threads", "batch", "device"),
     }
     assert 0.004 <= figures["minimum"] <= figures["median"] == figures["value"]
     assert figures["median"] < 0.03
-    assert figures["runs"] >= 2
+    assert figures["turns"] >= 5
     assert (figures["threads"], figures["batch"], figures["device"]) == (1, 8, "cpu")
     throughput = Throughput(example, threads=1, min_seconds=0.05).details(compressed)
     assert throughput["value"] == pytest.approx(8 / throughput["median"])
     assert throughput["value"] < 8 / 0.004
+
+
+class Busy(nn.Module):
+    """Takes longer while others use the machine."""
+
+    others = 1
+
+    def __init__(self, work: float) -> None:
+        super().__init__()
+        self.work = work
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.work * Busy.others)
+        return x
+
+
+def test_beside_the_dense_model_what_the_machine_does_drops_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.rand(8, 2)
+    dense, half = Busy(0.006), compress(Busy(0.003))
+    settings = {"example": x, "threads": 1, "min_seconds": 0.05}
+    latency = Latency(**settings).beside(dense, {"Latency": 10.0})
+    throughput = Throughput(**settings).beside(dense, {"Throughput": 10.0})
+    for _ in range(2):
+        monkeypatch.setattr(Busy, "others", 1)
+        first = latency.details(half)
+        assert first["value"] == 10.0 / first["speedup"][1]
+        monkeypatch.setattr(Busy, "others", 10)
+        later = latency.details(half)
+        assert later["median"] > 2 * first["median"]
+        assert later["value"] == pytest.approx(5.0, rel=0.3)
+        assert throughput(half) == pytest.approx(20.0, rel=0.3)
+        # What is made ready in one process does not go to another one.
+        latency, throughput = (pickle.loads(pickle.dumps(o)) for o in (latency, throughput))
+
+
+def test_counts_are_the_same_beside_the_dense_model() -> None:
+    objective = Several([MemoryFootprint(), Latency(torch.rand(2, 3, 8, 8), min_seconds=0.01)])
+    module = network()
+    told = objective.beside(module, {"MemoryFootprint": 1.0, "Latency": 7.0})
+    compressed = CompressedModel.compress(module, Prune(0.1))
+    assert told.parts[0] is objective.parts[0]
+    assert told(compressed) == objective(compressed)
+    found = told.details(compressed)["objectives"]["Latency"]
+    assert found["value"] == 7.0 / found["speedup"][1]
+    assert "speedup" not in objective.details(compressed)["objectives"]["Latency"]
+
+
+def calls_of(latency: Latency, compressed: CompressedModel) -> list[str]:
+    """What a latency has run: the layers of the module that it prepared."""
+    ran: list[str] = []
+
+    def note(module: nn.Module, args: object, output: object) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            ran.append(str(module))
+
+    with nn.modules.module.register_module_forward_hook(note):
+        latency(compressed)
+    return ran[-2:]
+
+
+def test_zero_units_are_taken_out_before_timing() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8))
+    latency = Latency(torch.rand(4, 16), min_seconds=0.01)
+    scheme = NeuronPrune(0.25, include="0.weight")
+    compressed = CompressedModel.compress(module, scheme)
+    assert [line.split(", bias")[0] for line in calls_of(latency, compressed)] == [
+        "Linear(in_features=16, out_features=16",
+        "Linear(in_features=16, out_features=8",
+    ]
+    assert module[0].out_features == compressed.module[0].out_features == 64
+    low = CompressedModel.compress(module, LowRank(rank=2, include="2.weight"))
+    assert [line.split(", bias")[0] for line in calls_of(latency, low)] == [
+        "Linear(in_features=64, out_features=2",
+        "Linear(in_features=2, out_features=8",
+    ]
+
+
+class Branching(nn.Module):
+    """Its way depends on values: its channels cannot be followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if x.sum() > 0 else self.second(-x)
+
+
+def test_what_cannot_be_traced_is_timed_at_its_full_size() -> None:
+    compressed = compress(Branching(), NeuronPrune(0.25, include="first.weight"))
+    latency = Latency(torch.rand(4, 4), min_seconds=0.01)
+    with pytest.warns(UserWarning, match="timed at its full size: the forward pass of Branching"):
+        ran = calls_of(latency, compressed)
+    assert ran[0].startswith("Linear(in_features=4, out_features=8")
 
 
 def test_a_larger_model_is_slower() -> None:

@@ -224,6 +224,21 @@ def test_align_keeps_multiples(density: float, align: int) -> None:
         assert abs(count - asked) <= align / 2 or asked < align or count == rows
 
 
+def test_structures_are_equal_where_align_makes_them_so() -> None:
+    def structure(density: float, scope: str, coupled: bool = False) -> object:
+        module = filled(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()))
+        module.append(nn.Linear(16, 4))
+        module.example_input_array = torch.rand(2, 6)
+        chosen = {"coupled": True} if coupled else {"exclude": "4.weight"}
+        return NeuronPrune(density, align=4, scope=scope, **chosen).bind(module).structure
+
+    for coupled in (False, True):
+        # 11 and 13 of 16 both become 12 where each layer is for itself.
+        assert structure(0.7, "layer", coupled) == structure(0.8, "layer", coupled)
+        assert structure(0.5, "layer", coupled) != structure(0.7, "layer", coupled)
+        assert structure(0.7, "global", coupled) != structure(0.8, "global", coupled)
+
+
 @pytest.mark.parametrize("prune_bias", [True, False])
 def test_biases_follow_their_units(prune_bias: bool) -> None:
     for layer, scheme in [

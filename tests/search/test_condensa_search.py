@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -23,6 +25,7 @@ from toy import CLIFF, Toy, loaders, search, toy
 from lightning_condensa import (
     Choice,
     Compose,
+    CompressedModel,
     CondensaSearch,
     FilterPrune,
     MemoryFootprint,
@@ -32,6 +35,7 @@ from lightning_condensa import (
     Range,
     load_compressed,
 )
+from lightning_condensa.objectives import Objective
 from lightning_condensa.search import SearchResult
 
 # With a drop of 0.5 per unit of u below the cliff, a tolerance of 0.05 is used up here.
@@ -348,3 +352,33 @@ def test_trials_on_two_spawned_processes(tmp_path: Path) -> None:
     loaded = result.best.load(Toy())
     kept = round(result.best.values["density"] * loaded.layer.weight.numel())
     assert int(torch.count_nonzero(loaded.layer.weight)) == kept
+
+
+class Timed(Objective):
+    """Would run beside the dense model."""
+
+    def __init__(self, told: tuple[int, float] | None = None) -> None:
+        self.told = told
+
+    def __call__(self, compressed: CompressedModel) -> float:
+        return MemoryFootprint()(compressed)
+
+    def details(self, compressed: CompressedModel) -> dict[str, Any]:
+        return {"value": self(compressed), "told": self.told}
+
+    def beside(self, dense: nn.Module, values: Mapping[str, float]) -> Timed:
+        nonzeros = int(torch.count_nonzero(dense.get_parameter("layer.weight")))
+        return Timed((nonzeros, values[self.name]))
+
+
+def test_trials_measure_beside_the_dense_model(tmp_path: Path) -> None:
+    result = search(tmp_path, objective=Timed(), max_trials=2).fit(toy(), **loaders())
+    assert [t.details["told"] for t in result.trials] == [[4000, result.baseline.objective]] * 2
+
+
+def test_an_objective_that_no_value_improves_is_said_before_training(tmp_path: Path) -> None:
+    def depth(compressed: CompressedModel) -> float:
+        return float(len(list(compressed.module.modules())))
+
+    with pytest.warns(UserWarning, match="no value of the scheme makes the depth more than 1%"):
+        search(tmp_path, objective=depth, direction="min", max_trials=1).fit(toy(), **loaders())
