@@ -18,7 +18,14 @@ from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
 from render_real import search_faults, search_real
 from render_schemes import char_lstm, lenet300, mutations, packed, quantizers, structured
-from render_search import search_1d, search_1d_risk, search_hosts, search_nd, search_scaling
+from render_search import (
+    search_1d,
+    search_1d_risk,
+    search_fidelity,
+    search_hosts,
+    search_nd,
+    search_scaling,
+)
 from tables import source, spread, table
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +91,7 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "lc-overhead": lc_overhead,
     "search-1d": search_1d,
     "search-1d-risk": search_1d_risk,
+    "search-fidelity": search_fidelity,
     "search-nd": search_nd,
     "search-scaling": search_scaling,
     "search-hosts": search_hosts,

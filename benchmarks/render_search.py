@@ -75,6 +75,31 @@ def search_1d_risk() -> str | None:
     return table(header, cells) + _problems(rows) + source(results)
 
 
+def search_fidelity() -> str | None:
+    """Regret by trainings spent, with and without trials that take a share of one."""
+    results = read_results("search_fidelity")
+    if not results:
+        return None
+    rows = results["rows"]
+    budgets = [int(key.removeprefix("after_")) for key in rows[0] if key.startswith("after_")]
+    ordered = sorted(rows, key=lambda r: (r["objective"], r["z"], -r["fidelity"]))
+    cells = [
+        [
+            r["objective"],
+            f"{r['fidelity']:g}",
+            f"{r['trials']:.1f}",
+            *(_mean(r[f"after_{budget}"], "usual") for budget in budgets),
+            *(f"{r[f'after_{b}']['misleading']['regret_mean']:.3f}" for b in budgets),
+            f"{r[f'after_{budgets[-1]}']['infeasible_share']:.0%}",
+        ]
+        for r in ordered
+    ]
+    header = ["objective", "share", "trials"]
+    header += [f"@{budget}" for budget in budgets]
+    header += [f"misleading @{budget}" for budget in budgets]
+    return table([*header, "infeasible"], cells) + _problems(rows) + source(results)
+
+
 def _row(
     rows: list[dict[str, Any]], objective: str, method: str, z: float
 ) -> dict[str, Any] | None:

@@ -96,7 +96,7 @@ def scale(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None
 def draw_trials(
     axes: Axes, trials: Sequence[Trial], x: Sequence[float], y: Sequence[float]
 ) -> None:
-    """Draw a marker for each trial, with its number."""
+    """Draw a marker for each trial, with its number; hollow after a share of the training."""
     for trial, a, b in zip(trials, x, y, strict=True):
         # All are within the axes: the layout need not measure each, which takes most of the time.
         axes.plot(
@@ -104,6 +104,7 @@ def draw_trials(
             b,
             MARKERS[trial.state],
             color=COLORS[trial.state],
+            fillstyle="full" if trial.fidelity == 1 else "none",
             gid=f"trial{trial.number}",
             in_layout=False,
         )
@@ -140,11 +141,16 @@ def legend(axes: Axes, trials: Iterable[Trial], *, above: bool = False) -> None:
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
+    trials = list(trials)
     present = {trial.state for trial in trials}
     for state, color in COLORS.items():
         if state in present:
             handles.append(Line2D([], [], color=color, marker=MARKERS[state], linestyle=""))
             labels.append(state)
+    if any(trial.fidelity < 1 for trial in trials):
+        hollow = Line2D([], [], color="gray", marker="o", fillstyle="none", linestyle="")
+        handles.append(hollow)
+        labels.append("less training")
     if not handles:
         return
     if above:

@@ -55,10 +55,15 @@ class KnownObjectiveCEI(AcquisitionFunction):
         self.incumbent = incumbent
         self.set_X_pending(X_pending)
 
-    @concatenate_pending_points
-    @t_batch_mode_transform()  # type: ignore[arg-type]
     def forward(self, X: Tensor) -> Tensor:
         """Evaluate at ``X`` [b, q, d]; shape ``[b]``, -inf where no point can improve."""
+        members: Tensor = self.by_member(X)
+        return members.logsumexp(dim=-1)
+
+    @concatenate_pending_points
+    @t_batch_mode_transform(assert_output_shape=False)  # type: ignore[arg-type]
+    def by_member(self, X: Tensor) -> Tensor:
+        """Log of each member's part in it at ``X`` [b, q, d]; shape ``[b, S]``."""
         improvement, order = (
             (self.utility(X) - self.incumbent).clamp(min=0).sort(dim=-1, descending=True)
         )
@@ -67,7 +72,8 @@ class KnownObjectiveCEI(AcquisitionFunction):
         log_fail = torch.special.log_ndtr(-margin[..., :-1])
         none_better = torch.nn.functional.pad(log_fail.cumsum(dim=-1), (1, 0))
         terms = improvement.log().unsqueeze(-2) + torch.special.log_ndtr(margin) + none_better
-        return torch.logsumexp(terms + log_weights.unsqueeze(-1), dim=(-2, -1))
+        members: Tensor = terms.logsumexp(dim=-1) + log_weights
+        return members
 
 
 class ILSUCB(AnalyticAcquisitionFunction):

@@ -8,11 +8,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["RUN_SD", "CliffCurves", "thin"]
+__all__ = ["RUN_SD", "CliffCurves", "CliffShift", "thin"]
 
 RUN_SD = (0.0007, 0.0015, 0.003, 0.005)
 #: Mean and standard deviation of how much farther, in logarithms of ``u``, training moves a cliff.
 _MOVED, _MOVED_SD = math.log(3.0), 0.6
+
+#: Range of the exponent of a share: at 0.1 the first epochs do nearly all, at 1 each does as much.
+_RATES = (0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,12 @@ class CliffCurves:
             run_sd=torch.tensor(RUN_SD, dtype=torch.float64)[level],
         )
 
-    def drop(self, u: Tensor) -> Tensor:
+    def drop(self, u: Tensor, stretch: Tensor | float = 1.0) -> Tensor:
         """Accuracy lost by each curve.
 
         Args:
             u: Shape ``[..., n]``.
+            stretch: By what each curve multiplies it, shape ``[..., S, n]``.
 
         Returns:
             Shape ``[..., S, n]``.
@@ -124,10 +128,66 @@ class CliffCurves:
                 self.location, self.power, self.depth, self.slope, self.gain, self.gain_at
             )
         )  # fmt: skip
-        z = u.unsqueeze(-2) / location
+        z = u.unsqueeze(-2) * stretch / location
         x = z / gain_at
         fall = -depth * torch.expm1(-(0.05 / depth) * (z**power).clamp(max=1e6))
         return fall + slope * z.clamp(max=1.5) - gain * x * torch.exp(1 - x)
+
+
+@dataclass(frozen=True)
+class CliffShift:
+    """Where a share of the training leaves each of ``S`` cliffs; every field has shape ``[S]``.
+
+    Training moves the cliff of the untrained network to sparser points, from ``u_0`` to
+    ``u_0 e^moved``. A share ``s`` of it goes the part ``s^rate`` of that way, on the logarithmic
+    scale, so that the loss at ``u`` after a share is that of all training at a sparser point::
+
+        drop_s(u) = drop(u * exp(moved * (1 - s^rate)))
+
+    Args:
+        moved: How far all of it moves the cliff, >= 0.
+        rate: How soon, in (0, 1].
+    """
+
+    moved: Tensor
+    rate: Tensor
+
+    def __getitem__(self, index: Tensor) -> CliffShift:
+        """The shifts at ``index``."""
+        return CliffShift(self.moved[index], self.rate[index])
+
+    @classmethod
+    def prior(cls, count: int, generator: torch.Generator) -> CliffShift:
+        """Draw shifts: mostly two to six times as far in ``u`` for all training, at any rate.
+
+        Args:
+            count: Number of shifts ``S``.
+            generator: Source of the draws.
+        """
+        normal = torch.randn(count, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+        low, high = (math.log(rate) for rate in _RATES)
+        return cls(
+            moved=(_MOVED + _MOVED_SD * normal).clamp(min=0.0),
+            rate=(low + (high - low) * uniform).exp(),
+        )
+
+    def stretch(self, share: Tensor) -> Tensor:
+        """By what ``u`` is multiplied to find the loss after a share of the training.
+
+        Args:
+            share: In (0, 1], shape ``[..., n]``.
+
+        Returns:
+            At least 1, shape ``[..., S, n]``.
+
+        Example:
+            >>> shift = CliffShift(torch.tensor([1.0]), torch.tensor([0.5]))
+            >>> shift.stretch(torch.tensor([0.25, 1.0]))
+            tensor([[1.6487, 1.0000]])
+        """
+        left = 1 - share.unsqueeze(-2) ** self.rate.unsqueeze(-1)
+        return (self.moved.unsqueeze(-1) * left).exp()
 
 
 def thin(log_weights: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

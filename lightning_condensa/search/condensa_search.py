@@ -19,6 +19,7 @@ from lightning_condensa.schemes import Scheme
 from lightning_condensa.search.certification import margin_of
 from lightning_condensa.search.dense import DenseModel, weights_hash
 from lightning_condensa.search.dispatch import ExecutorLike
+from lightning_condensa.search.fidelity import share_of_training
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.noise import NoiseModel
@@ -105,6 +106,10 @@ class CondensaSearch:
         early_abort: Whether to end a trial when its compressed metric, validated in training, can
             no longer reach the level, by the curves of earlier trials; never before four that
             started the same way, warm or not, have been trained to their end.
+        fidelity: A share of the training, in whole epochs, such as 1/4, that the search may give
+            a trial to learn where full ones are worth their cost; only these can be the best.
+            ``max_trials`` counts trainings, of which such a trial is a part. For one density and a
+            tolerance, with ``method="auto"``.
         seed: Seed of the search; the n-th point to be tried trains with ``seed + n``.
         dirpath: Where logs, models and the study go.
         study_name: Name of the study in the storage.
@@ -148,6 +153,7 @@ class CondensaSearch:
         scan: bool = True,
         warm_start: float = 1 / 3,
         early_abort: bool = False,
+        fidelity: float = 1.0,
         seed: int = 0,
         dirpath: str | Path = "condensa_search",
         study_name: str = "condensa",
@@ -193,6 +199,9 @@ class CondensaSearch:
         self.trainer = dict(trainer or {})
         self.callback = dict(callback or {})
         self.strategy = strategy_for(method, self.goal)
+        self.share = share_of_training(fidelity, self.trainer)
+        if fidelity < 1 and method not in ("auto", "condensa"):
+            raise ValueError(f"fidelity={fidelity} needs method='auto', got method={method!r}")
         self.executor, self.parallel = executor, parallel
         self.metric_std, self.per_sample = metric_std, per_sample
         self.confirm = confirm
@@ -243,7 +252,7 @@ class CondensaSearch:
             baseline = dense.baseline()
             progress.status("evaluating the objective on projected models", 0)
             formulation = Formulation(
-                self.space, self.objective, model, baseline, self.goal, self.z
+                self.space, self.objective, model, baseline, self.goal, self.z, self.share
             )
             if self.scan and formulation.scannable:
                 progress.status("measuring one dimension at a time", 0)

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from lightning_condensa.objectives import Objective, Several
 from lightning_condensa.search.budget import possible
 from lightning_condensa.search.feasibility import enough
+from lightning_condensa.search.fidelity import Proposal
 from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.landscape import Landscape
 from lightning_condensa.search.noise import Noise
@@ -42,6 +44,8 @@ class Formulation:
         baseline: Its figures.
         goal: What is asked for.
         z: Margin in standard deviations of the metric's noise.
+        share: Of the training, that a trial may take instead of all of it; points have theirs as
+            last coordinate where it is less than 1.
 
     Attributes:
         objective: What is optimized, told of the uncompressed model.
@@ -52,7 +56,7 @@ class Formulation:
         problem: What the strategy is told.
 
     Raises:
-        ValueError: If no candidate keeps the budget.
+        ValueError: If no candidate keeps the budget, or a share is of no use.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Formulation:
         baseline: Baseline,
         goal: Goal,
         z: float,
+        share: float = 1.0,
     ) -> None:
         self.space, self.baseline, self.goal = space, baseline, goal
         self.sign = goal.sign
@@ -105,6 +110,15 @@ class Formulation:
             further=torch.stack(further, dim=-1) if further else None,
             budget=None if goal.budget is None else self.utility(goal.budget),
         )
+        if share < 1:
+            if not self.problem.cliff or self.problem.budget is not None or further:
+                raise ValueError(
+                    "fidelity < 1 is for searches of one density with one objective and a "
+                    "tolerance of a metric like an accuracy, of which more is better and the dense "
+                    f"model has between 0 and 1; got {len(space.dimensions)} dimension(s), a "
+                    f"{goal} and a dense metric of {baseline.metric:.4g}"
+                )
+            self.problem = self.problem.with_share(share)
         if not bool(possible(self.problem, []).any()):
             nearest = self.landscape.known[int(self.problem.utility.argmax())]
             raise ValueError(
@@ -160,16 +174,25 @@ class Formulation:
         objective: float | None,
         variance: float | None = None,
         objectives: Mapping[str, float] | None = None,
+        fidelity: float = 1.0,
     ) -> Observation:
         """A finished evaluation; a diverged one where there is no metric."""
         return Observation(
-            self.space.coordinates(dict(values)),
+            self._point(values, fidelity),
             metric=None if metric is None else self.sign * metric,
             variance=self.baseline.variance if variance is None else variance,
             utility=None if objective is None else self.utility(objective),
             diverged=metric is None,
             further=self._further(objectives or {}),
         )
+
+    def takes(self, fidelity: float) -> bool:
+        """Whether the strategy can be told of a trial with a share of the training."""
+        return fidelity == 1 or self.problem.fidelity
+
+    def _point(self, values: Mapping[str, Any], fidelity: float) -> Tensor:
+        point = self.space.coordinates(dict(values))
+        return torch.cat([point, point.new_tensor([fidelity])]) if self.problem.fidelity else point
 
     def named(self, objective: float | None) -> dict[str, float]:
         """The one objective of a search by its name; nothing where there are several or none."""
@@ -195,7 +218,7 @@ class Formulation:
         own = self.noise_of(record).variance
         if outcome.bound is not None and not self._redeemed(outcome, own):
             return Observation(
-                self.space.coordinates(record.values),
+                self._point(record.values, record.fidelity),
                 metric=None,
                 variance=own,
                 utility=None if outcome.objective is None else self.utility(outcome.objective),
@@ -206,7 +229,12 @@ class Formulation:
         metric = fmean(metrics) if len(metrics) == len(every) else None
         variance = fmean(self.noise_of(r).variance for r in every)
         return self.observation(
-            record.values, metric, outcome.objective, variance, outcome.objectives
+            record.values,
+            metric,
+            outcome.objective,
+            variance,
+            outcome.objectives,
+            record.fidelity,
         )
 
     def noise_of(self, record: Record) -> Noise:
@@ -259,18 +287,24 @@ class Formulation:
         self,
         strategy: Strategy,
         history: Sequence[Observation],
-        taken: Sequence[Mapping[str, Any]],
+        taken: Sequence[Proposal],
         seed: int,
-    ) -> dict[str, Any] | None:
-        """The next values to try; ``None`` where every candidate is finished or taken.
+        trainings: float = 1.0,
+    ) -> Proposal | None:
+        """What to try next; ``None`` where every candidate is finished or taken.
 
         Args:
             strategy: Chooses.
             history: What has been seen.
-            taken: Values under evaluation, and others that must not be proposed.
+            taken: What is under evaluation, and others that must not be proposed.
             seed: Of the choice.
+            trainings: How many are left, at least one.
         """
-        points = [self.space.coordinates(dict(values)) for values in taken]
+        points = [self._point(o.values, o.fidelity) for o in taken if self.takes(o.fidelity)]
         pending = torch.stack(points) if points else None
-        proposed = strategy.suggest(self.expecting(history), history, pending, q=1, seed=seed)
-        return self.landscape.values(proposed[0]) if len(proposed) else None
+        problem = self.expecting(history).affordable(trainings)
+        proposed = strategy.suggest(problem, history, pending, q=1, seed=seed)
+        if not len(proposed):
+            return None
+        fidelity = float(proposed[0, -1]) if problem.fidelity else 1.0
+        return Proposal(self.landscape.values(proposed[0, : self.points.shape[1]]), fidelity)

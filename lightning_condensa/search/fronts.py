@@ -87,7 +87,7 @@ def pick(result: SearchResult, budgets: Mapping[str, float]) -> Trial | None:
 
 def _counts(result: SearchResult, trial: Trial) -> bool:
     complete = all(info.name in trial.objectives for info in result.objectives)
-    return trial.state == "feasible" and trial.confirms is None and complete
+    return trial.state == "feasible" and trial.eligible and complete
 
 
 def _within(info: ObjectiveInfo, trial: Trial, budget: float) -> bool:

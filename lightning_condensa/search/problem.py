@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Problem:
             ``level`` is what counts as an improvement of it. None where the level must be kept.
         further: Known utilities of the candidates under further objectives, shape ``[N, m - 1]``;
             None where there is one objective.
+        fidelity: True when, with a cliff, there is another and last coordinate: the share of the
+            training, in (0, 1], that an evaluation takes.
 
     Raises:
         ValueError: If there are no candidates or a field contradicts another.
@@ -68,6 +70,7 @@ class Problem:
     scan: Tensor | None = None
     budget: float | None = None
     further: Tensor | None = None
+    fidelity: bool = False
 
     def __post_init__(self) -> None:
         """Validate once, at the boundary."""
@@ -92,7 +95,7 @@ class Problem:
             raise ValueError(f"noise_variance must be finite and >= 0, got {self.noise_variance}")
         if not (math.isfinite(self.level) and math.isfinite(self.z)):
             raise ValueError(f"level and z must be finite, got {self.level} and {self.z}")
-        if self.cliff and (d != 1 or not 0 < self.baseline.metric <= 1):
+        if self.cliff and (d != 1 + self.fidelity or not 0 < self.baseline.metric <= 1):
             raise ValueError(
                 f"cliff needs one coordinate and a metric in (0, 1], got d={d} and a baseline "
                 f"metric of {self.baseline.metric}"
@@ -104,8 +107,15 @@ class Problem:
                 "accuracy needs a domain and a metric in (0, 1], got a baseline metric of "
                 f"{self.baseline.metric}"
             )
-        if self.scan is not None and self.scan.shape != (d,):
-            raise ValueError(f"scan must have shape [{d}], got {list(self.scan.shape)}")
+        if self.scan is not None and self.scan.shape != (d - self.fidelity,):
+            raise ValueError(
+                f"scan must have shape [{d - self.fidelity}], got {list(self.scan.shape)}"
+            )
+        if self.fidelity and not (self.cliff and self.budget is None and self.further is None):
+            raise ValueError("fidelity needs cliff=True, a level to keep and one objective")
+        shares = self.candidates[:, -1]
+        if self.fidelity and not bool(((shares > 0) & (shares <= 1)).all()):
+            raise ValueError(f"fidelity needs shares in (0, 1], got {sorted(set(shares.tolist()))}")
         if self.further is not None and self.further.shape != (n, len(self.baseline.further)):
             raise ValueError(
                 f"further must have shape [{n}, {len(self.baseline.further)}], as many columns as "
@@ -128,9 +138,52 @@ class Problem:
         return self.baseline_metric - self.level
 
     @property
+    def cost(self) -> Tensor:
+        """What evaluating each candidate takes, in trainings, shape ``[N]``."""
+        if self.fidelity:
+            return self.candidates[:, -1]
+        return torch.ones(len(self.candidates), dtype=torch.float64)
+
+    @property
     def target(self) -> float:
         """The metric an evaluation must show to be certified: level + z standard deviations."""
         return self.level + self.z * math.sqrt(self.noise_variance)
+
+    def with_share(self, share: float) -> Problem:
+        """The problem in which each candidate may also be tried with a share of the training.
+
+        Args:
+            share: The last coordinate of the second half of the candidates; that of the first half
+                and of the baseline is 1.
+
+        Raises:
+            ValueError: If the cliff curves do not apply.
+        """
+        n, point = len(self.candidates), self.baseline.point
+        column = torch.tensor([1.0, share], dtype=torch.float64).repeat_interleave(n)
+        return replace(
+            self,
+            candidates=torch.cat([self.candidates.repeat(2, 1), column[:, None]], dim=-1),
+            utility=self.utility.repeat(2),
+            baseline=replace(self.baseline, point=torch.cat([point, point.new_ones(1)])),
+            fidelity=True,
+        )
+
+    def affordable(self, trainings: float) -> Problem:
+        """The problem with what so many trainings pay for: a cheap trial with a full one after it.
+
+        Raises:
+            ValueError: If they pay for nothing.
+        """
+        needed = self.cost + (self.cost < 1)
+        return self.only(needed <= trainings + 1e-9)
+
+    def only(self, kept: Tensor) -> Problem:
+        """The problem with the candidates marked in ``kept`` [N], at least one of them."""
+        further = None if self.further is None else self.further[kept]
+        return replace(
+            self, candidates=self.candidates[kept], utility=self.utility[kept], further=further
+        )
 
     def utility_at(self, points: Tensor) -> Tensor:
         """The known utility of ``points``, that of the nearest candidate or combination each.

@@ -90,13 +90,13 @@ class SearchResult:
         if self.several:
             return fronts.knee(self, trials)
         if self.budget is None:
-            feasible = [t for t in trials if t.state == "feasible" and t.confirms is None]
+            feasible = [t for t in trials if t.state == "feasible" and t.eligible]
             return _best(feasible, self.direction)
         # An aborted trial left a model, too, with the metric that it has.
         kept = [
             t
             for t in trials
-            if t.state in ("feasible", "aborted") and t.confirms is None and t.evidence is not None
+            if t.state in ("feasible", "aborted") and t.eligible and t.evidence is not None
         ]
         return self.best_metric(kept)
 
@@ -167,7 +167,7 @@ class SearchResult:
         missed = [
             t
             for t in self.trials
-            if t.state in ("infeasible", "aborted") and t.evidence is not None
+            if t.state in ("infeasible", "aborted") and t.fidelity == 1 and t.evidence is not None
         ]
         return max(missed, key=lambda t: sign * (t.evidence or 0.0), default=None)
 
@@ -179,7 +179,11 @@ class SearchResult:
         """
         if self.several:
             return fronts.front(self, self.trials)
-        scored = [t for t in self.trials if t.metric is not None and t.objective is not None]
+        scored = [
+            t
+            for t in self.trials
+            if t.fidelity == 1 and t.metric is not None and t.objective is not None
+        ]
         front = [t for t in scored if not any(self._dominates(other, t) for other in scored)]
         return sorted(front, key=lambda t: t.objective or 0.0, reverse=self.direction == "max")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 
@@ -12,6 +13,7 @@ from lightning_condensa.objectives.named import short_names
 from lightning_condensa.search.abort import AbortRule
 from lightning_condensa.search.dispatch import Dispatcher
 from lightning_condensa.search.executors import InProcess
+from lightning_condensa.search.fidelity import Proposal
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.noise import NoiseModel
 from lightning_condensa.search.overview import Overview
@@ -19,9 +21,17 @@ from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.progress import SearchProgress
 from lightning_condensa.search.result import SearchResult
 from lightning_condensa.search.store import Record, Started, Store
+from lightning_condensa.search.summary import line
 from lightning_condensa.search.trial import Data, TrialJob, TrialOutcome, read_outcome
-from lightning_condensa.search.trials import ObjectiveInfo, Trial, show
-from lightning_condensa.search.views import Belief, belief, further_runs, observations, trial_of
+from lightning_condensa.search.trials import ObjectiveInfo, show
+from lightning_condensa.search.views import (
+    Belief,
+    belief,
+    further_runs,
+    observations,
+    trainings,
+    trial_of,
+)
 from lightning_condensa.search.warm_start import WarmStart, nearest_denser
 
 if TYPE_CHECKING:
@@ -89,7 +99,7 @@ class SearchRun:
                     self._record(flying.pop(job.number), outcome)
 
     def _fill(self, dispatcher: Dispatcher, flying: dict[int, Started]) -> None:
-        while dispatcher.room and (trial := self._start(dispatcher.running)):
+        while dispatcher.room and (trial := self._start(flying)):
             flying[trial.number] = trial
             self._show(flying)
             dispatcher.submit(self._job(trial, dispatcher.local))
@@ -107,24 +117,25 @@ class SearchRun:
         if requeued:
             self.progress.print(f"trials {requeued} had been interrupted and are run again")
 
-    def _start(self, running: int) -> Started | None:
+    def _start(self, flying: Mapping[int, Started]) -> Started | None:
         records = self.store.records()
-        searched = sum(r.confirms is None for r in records)
-        if searched + running >= self.search.max_trials:
+        running = len(flying)
+        left = self.search.max_trials - trainings(records) - trainings(flying.values())
+        if left < 1 - 1e-9:
             return self._confirm(records, running)
-        values = None
-        if not self.store.waiting():
-            values = self._propose(records)
-            if values is None:
-                confirming = self._confirm(records, running)
-                if not running and confirming is None:
-                    self.progress.print(
-                        "every candidate has been tried"
-                        if self.search.goal.budget is None
-                        else "every candidate that may keep the budget has been tried"
-                    )
-                return confirming
-        return self.store.start(values, self.distributions)
+        if self.store.waiting():
+            return self.store.start(None, self.distributions)
+        proposed = self._propose(records, left)
+        if proposed is not None:
+            return self.store.start(proposed.values, self.distributions, proposed.fidelity)
+        confirming = self._confirm(records, running)
+        if not running and confirming is None:
+            self.progress.print(
+                "every candidate has been tried"
+                if self.search.goal.budget is None
+                else "every candidate that may keep the budget has been tried"
+            )
+        return confirming
 
     def _confirm(self, records: list[Record], running: int) -> Started | None:
         """Run the best trial that has not been run again; one at a time, as the next depends."""
@@ -139,13 +150,15 @@ class SearchRun:
         index = _CONFIRMATIONS + spent
         return self.store.confirm(best.number, best.values, index, self.distributions)
 
-    def _propose(self, records: list[Record]) -> dict[str, Any] | None:
-        failed = [r.values for r in records if r.outcome.status == "failed"]
+    def _propose(self, records: list[Record], left: float) -> Proposal | None:
+        failed = [Proposal(r.values, r.fidelity) for r in records if r.outcome.status == "failed"]
+        pending = [Proposal(t.values, t.fidelity) for t in self.store.pending()]
         return self.formulation.propose(
             self.search.strategy,
             self._history(records),
-            [*failed, *self.store.pending()],
+            [*failed, *pending],
             seed=self.search.seed + self.store.count(),
+            trainings=left,
         )
 
     def _history(self, records: list[Record]) -> list[Observation]:
@@ -174,13 +187,14 @@ class SearchRun:
             recorder=search.recorder(self._directory(trial.number)),
             start=start,
             rule=self._abort_rule(trial, start is not None),
+            fidelity=trial.fidelity,
         )
 
     def _warm_start(self, trial: Started) -> WarmStart | None:
         least = self.search.warm_start
         if not least:
             return None
-        records = self.store.records()
+        records = [r for r in self.store.records() if r.fidelity == 1]
         if trial.confirms is not None:  # it starts where the one to be confirmed did
             first = next(r for r in records if r.number == trial.confirms)
             records = [r for r in records if r.number == first.outcome.parent]
@@ -197,7 +211,7 @@ class SearchRun:
         if target is None:
             return None
         return AbortRule.learned(
-            self.store.records(),
+            [r for r in self.store.records() if r.fidelity == trial.fidelity],
             warm,
             target=target,
             sign=told.sign,
@@ -213,27 +227,32 @@ class SearchRun:
         measured = outcome.metric is not None
         told = self.formulation
         noise = self.noise.of(directory) if measured else told.baseline.noise
+        violation = told.violation(outcome.metric, outcome.objective, noise.variance)
+        if trial.fidelity < 1:  # to Optuna, too, it cannot be the best
+            violation = max(violation, 1 - trial.fidelity)
         self.store.finish(
             trial.number,
             outcome,
             directory=str(directory),
             noise=noise,
             value=outcome.objective if told.level is not None else outcome.metric,
-            violation=told.violation(outcome.metric, outcome.objective, noise.variance),
+            violation=violation,
             constraint="metric" if told.level is not None else "budget",
         )
 
     def _tell(self, trial: Started) -> None:
         result = self._judged()
         ended = next(t for t in result.trials if t.number == trial.number)
-        self.progress.print(_line(result, ended))
+        self.progress.print(line(result, ended))
         self.overview.log(result, ended)
         if self.overview.due:
             self.overview.draw(self.result())
 
     def _show(self, flying: dict[int, Started]) -> None:
         running = "; ".join(f"trial {n}: {show(t.values)}" for n, t in flying.items())
-        self.progress.status(running, len(self.store.records()))
+        records = self.store.records()
+        again = sum(r.confirms is not None for r in records)
+        self.progress.status(running, int(trainings(records)) + again)
 
     def result(self) -> SearchResult:
         """The search as the study holds it."""
@@ -273,17 +292,3 @@ class SearchRun:
             curve=held.curve,
             scheme=search.space.scheme.to_yaml(),
         )
-
-
-def _line(result: SearchResult, trial: Trial) -> str:
-    figures = trial.message
-    origin = "" if trial.parent is None else f", from trial {trial.parent}"
-    if trial.metric is not None:
-        figures = (
-            f"{result.metric} {trial.metric:.4f}, {result.objective} {trial.objective:,.5g} "
-            f"{result.unit} ({result.ratio(trial):.1f} ×)"
-        )
-    return (
-        f"trial {trial.number}  {show(trial.values)}  {figures}  "
-        f"{trial.standing}  {trial.seconds:.0f} s{origin}"
-    )

@@ -18,6 +18,7 @@ from lightning_condensa.objectives import Objective
 from lightning_condensa.schemes import Scheme
 from lightning_condensa.search.budget import possible
 from lightning_condensa.search.certification import margin_of
+from lightning_condensa.search.fidelity import Proposal
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.goal import Goal
 from lightning_condensa.search.metrics import noise_variance
@@ -197,7 +198,9 @@ class CondensaSampler(BaseSampler):
         seen, taken = self._seen(study, number)
         history = [observation for _, observation in seen]
         seed = self._seed + number
-        return self._formulation.propose(self._strategy, history, taken, seed)
+        points = [Proposal(values) for values in taken]
+        proposed = self._formulation.propose(self._strategy, history, points, seed)
+        return None if proposed is None else dict(proposed.values)
 
     def _seen(
         self, study: Study, number: int

@@ -25,7 +25,7 @@ from lightning_condensa.search.trial import MODEL_FILE, TrialOutcome
 
 _JOURNAL = "journal:///"
 _STATUS, _LOST = "status", "lost"
-_VALUES, _INDEX, _CONFIRMS = "values", "index", "confirms"
+_VALUES, _INDEX, _CONFIRMS, _FIDELITY = "values", "index", "confirms", "fidelity"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Started:
         values: The scheme's dimensions.
         stamp: When it began.
         confirms: The trial of which it is another run, or ``None``.
+        fidelity: Share of the training that it takes.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Started:
     values: dict[str, Any]
     stamp: str
     confirms: int | None = None
+    fidelity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Record:
         basis: From what that is known.
         started: When it was handed out, in seconds since 1970.
         confirms: The trial of which it is another run, or ``None``.
+        fidelity: Share of the training that it took.
     """
 
     number: int
@@ -71,6 +74,7 @@ class Record:
     basis: Basis
     started: float | None
     confirms: int | None = None
+    fidelity: float = 1.0
 
     @property
     def model(self) -> Path:
@@ -132,7 +136,7 @@ class Store:
     def requeue(self, trial: Started) -> None:
         """Queue a begun trial's point again; the trial itself counts for nothing."""
         if not any(t.index == trial.index for t in self._waiting()):  # died in doing this?
-            self._enqueue(trial.values, trial.index, trial.confirms)
+            self._enqueue(trial.values, trial.index, trial.confirms, trial.fidelity)
         self._set(self._id(trial.number), _STATUS, _LOST)
         with _quiet():
             self._study.tell(trial.number, state=TrialState.FAIL)
@@ -141,9 +145,9 @@ class Store:
         """Whether a trial is queued."""
         return bool(self._waiting())
 
-    def pending(self) -> list[dict[str, Any]]:
-        """Values of the trials that are queued or running."""
-        return [t.values for t in [*self._waiting(), *self.running()]]
+    def pending(self) -> list[Started]:
+        """The trials that are queued or running."""
+        return [*self._waiting(), *self.running()]
 
     def count(self) -> int:
         """Trials that ended, run or are queued; lost ones and confirmations left out."""
@@ -153,11 +157,20 @@ class Store:
         )
 
     def start(
-        self, values: Mapping[str, Any] | None, distributions: Mapping[str, BaseDistribution]
+        self,
+        values: Mapping[str, Any] | None,
+        distributions: Mapping[str, BaseDistribution],
+        fidelity: float = 1.0,
     ) -> Started:
-        """Begin a trial: the given values, or the queued ones where ``None``."""
+        """Begin a trial: the given values, or the queued ones where ``None``.
+
+        Args:
+            values: The scheme's dimensions.
+            distributions: Of the scheme.
+            fidelity: Share of the training that it takes; a queued one has its own.
+        """
         if values is not None:
-            self._enqueue(values, self.count())
+            self._enqueue(values, self.count(), fidelity=fidelity)
         return self._ask(distributions)
 
     def confirm(
@@ -182,10 +195,18 @@ class Store:
         number = self._study.ask(fixed_distributions=dict(distributions)).number
         return next(t for t in self.running() if t.number == number)
 
-    def _enqueue(self, values: Mapping[str, Any], index: int, confirms: int | None = None) -> None:
+    def _enqueue(
+        self,
+        values: Mapping[str, Any],
+        index: int,
+        confirms: int | None = None,
+        fidelity: float = 1.0,
+    ) -> None:
         attrs = {_VALUES: dict(values), _INDEX: index}
         if confirms is not None:
             attrs[_CONFIRMS] = confirms
+        if fidelity < 1:
+            attrs[_FIDELITY] = fidelity
         # In one write, so that a driver that dies leaves either nothing or all.
         self._study.enqueue_trial(dict(values), user_attrs=attrs)
 
@@ -262,6 +283,7 @@ def _started(trial: FrozenTrial) -> Started:
         values=dict(trial.user_attrs[_VALUES]),
         stamp="" if began is None else began.isoformat(),
         confirms=trial.user_attrs.get(_CONFIRMS),
+        fidelity=trial.user_attrs.get(_FIDELITY, 1.0),
     )
 
 
@@ -277,6 +299,7 @@ def _record(trial: FrozenTrial) -> Record:
         basis=attrs.get("basis", "binomial"),
         started=None if trial.datetime_start is None else trial.datetime_start.timestamp(),
         confirms=attrs.get(_CONFIRMS),
+        fidelity=attrs.get(_FIDELITY, 1.0),
     )
 
 

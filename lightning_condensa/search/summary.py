@@ -51,6 +51,21 @@ def table(result: SearchResult) -> Table:
     return found
 
 
+def line(result: SearchResult, trial: Trial) -> str:
+    """A trial that has ended, in a line."""
+    figures = trial.message
+    origin = "" if trial.parent is None else f", from trial {trial.parent}"
+    if trial.metric is not None:
+        figures = (
+            f"{result.metric} {trial.metric:.4f}, {result.objective} {trial.objective:,.5g} "
+            f"{result.unit} ({result.ratio(trial):.1f} ×)"
+        )
+    return (
+        f"trial {trial.number}  {show(trial.values)}  {figures}  "
+        f"{trial.standing}  {trial.seconds:.0f} s{origin}"
+    )
+
+
 def summary(result: SearchResult) -> str:
     """The outcome in a sentence."""
     best = result.best
@@ -64,7 +79,8 @@ def summary(result: SearchResult) -> str:
             f"{best.metric:.4f}, {_of(result)}{requirement(result)}{_sure(result, best)}"
             f"{_confirmed(result, best)}.{'' if result.rescored is None else f' {result.rescored}'}"
         )
-    text = f"No trial is feasible: none of {len(result.trials)} has {requirement(result)}."
+    tried = sum(t.fidelity == 1 for t in result.trials)
+    text = f"No trial is feasible: none of {tried} has {requirement(result)}."
     miss = result.nearest_miss
     if miss is not None and result.budget is not None:
         text += (

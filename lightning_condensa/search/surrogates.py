@@ -28,7 +28,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
 from lightning_condensa.search.certification import expected_metric, probability_of_level
-from lightning_condensa.search.cliff import CliffCurves, thin
+from lightning_condensa.search.cliff import CliffCurves, CliffShift, thin
 from lightning_condensa.search.feasibility import Feasibility, Outlook, aim
 from lightning_condensa.search.problem import Observation, Problem
 
@@ -46,6 +46,10 @@ class CliffEnsemble(EnsembleModel):
     only roughly right far down the cliff. A diverged or aborted run is a censored observation: its
     metric is known to lie below the level, or below its bound. The ``members`` that remain after
     `thin` are the ensemble; their weights are BoTorch's ``ensemble_weights``.
+
+    Where the problem has shares of the training, each curve has a `CliffShift`, so that what less
+    training lost tells of all of it as far as the shifts are known. Points may have the share as a
+    second coordinate; without, they are of all training.
 
     Args:
         problem: A problem with ``cliff=True``; with a ``scan`` half of the curves are drawn as that
@@ -86,20 +90,27 @@ class CliffEnsemble(EnsembleModel):
         self.target = aim(problem)
         self.noise_variance = problem.noise_variance
         generator = torch.Generator().manual_seed(seed)
-        u_max = float(problem.candidates.max().clamp_min(1e-3))
+        u_max = float(problem.candidates[:, 0].max().clamp_min(1e-3))
         one_shot = None if problem.scan is None else float(problem.scan[0])
-        curves = CliffCurves.prior(draws, u_max, generator, one_shot)
-        log_weights = self._log_likelihood(curves, history, problem.level)
+        self.curves = CliffCurves.prior(draws, u_max, generator, one_shot)
+        self.shift = CliffShift.prior(draws, generator) if problem.fidelity else None
+        log_weights = self._log_likelihood(history, problem.level)
         kept, self.log_weights = thin(log_weights, members, generator)
-        self.curves = curves[kept]
+        self.curves = self.curves[kept]
+        self.shift = None if self.shift is None else self.shift[kept]
         self.ensemble_weights = self.log_weights.exp()
 
-    def _log_likelihood(
-        self, curves: CliffCurves, history: Sequence[Observation], level: float
-    ) -> Tensor:
+    def _drop(self, X: Tensor) -> Tensor:
+        """What is lost at ``X`` [..., n, d], by the share of the training where there is one."""
+        if self.shift is None or X.shape[-1] == 1:
+            return self.curves.drop(X[..., 0])
+        return self.curves.drop(X[..., 0], self.shift.stretch(X[..., 1]))
+
+    def _log_likelihood(self, history: Sequence[Observation], level: float) -> Tensor:
+        curves = self.curves
         total = torch.zeros(len(curves), dtype=torch.float64)
         for seen in history:
-            drop = curves.drop(seen.point).squeeze(-1)
+            drop = self._drop(seen.point[None]).squeeze(-1)
             variance = self._variance(curves, drop, seen.variance, self.likelihood_discrepancy)
             expected = self.baseline_metric - drop
             if seen.metric is None:
@@ -115,11 +126,11 @@ class CliffEnsemble(EnsembleModel):
         return noise + run_sd**2 + (share * drop.clamp(min=0)) ** 2
 
     def forward(self, X: Tensor) -> Tensor:
-        """The curves at ``X`` [..., n, 1]; shape ``[..., S, n, 1]``."""
-        return (self.baseline_metric - self.curves.drop(X[..., 0])).unsqueeze(-1)
+        """The curves at ``X`` [..., n, d]; shape ``[..., S, n, 1]``."""
+        return (self.baseline_metric - self._drop(X)).unsqueeze(-1)
 
     def feasibility(self, X: Tensor) -> Feasibility:
-        """Feasibility of ``X`` [..., q, 1]; one member a curve."""
+        """Feasibility of ``X`` [..., q, d]; one member a curve."""
         metric = self.forward(X).squeeze(-1)
         drop = self.baseline_metric - metric
         variance = self._variance(
@@ -129,13 +140,13 @@ class CliffEnsemble(EnsembleModel):
 
     def certainty(self, seen: Observation, level: float) -> float:
         """Probability that a model of the history truly reaches a level."""
-        drop = self.curves.drop(seen.point).squeeze(-1)
+        drop = self._drop(seen.point[None]).squeeze(-1)
         variance = self._variance(self.curves, drop, 0.0, self.predictive_discrepancy)
         mean = self.baseline_metric - drop
         return probability_of_level(seen, level, mean, variance, self.log_weights)
 
     def outlook(self, X: Tensor) -> Outlook:
-        """The metric at ``X`` [..., q, 1]; one member a curve."""
+        """The metric at ``X`` [..., q, d]; one member a curve."""
         metric = self.forward(X).squeeze(-1)
         drop = self.baseline_metric - metric
         variance = self._variance(self.curves, drop, 0.0, self.predictive_discrepancy)
@@ -147,7 +158,7 @@ class CliffEnsemble(EnsembleModel):
         return expected_metric(seen, mean[:, 0], sd[:, 0] ** 2)
 
     def predict(self, X: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted mean and quantiles of the curves at ``X`` [N, 1]."""
+        """Weighted mean and quantiles of the curves at ``X`` [N, d]."""
         metric, order = self.forward(X).squeeze(-1).sort(dim=0)
         weights = self.log_weights.exp()[order]
         cumulative = weights.cumsum(dim=0).T.contiguous()

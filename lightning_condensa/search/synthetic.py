@@ -27,6 +27,11 @@ _SPARSITIES = {
 _CHANNELS = 256
 _MULTIPLE = 16
 _OVERHEAD = 0.002
+#: After a share ``s`` of the training the cliff is at ``u s^a``; ranges of ``a``, the second one of
+#: problems in which less training misleads.
+_NEARER, _MUCH_NEARER = (0.015, 0.34), (0.66, 1.3)
+#: What a share of the training loses besides, up to the cliff.
+_UNTRAINED = 0.005
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class SyntheticCliff:
         baseline: Accuracy of the dense model.
         tolerance: Accuracy that may be lost.
         noise_sd: Standard deviation of ``noise``.
+        share: Of the training. Below 1, each candidate stands for all of the training, and in the
+            second half of every tensor once more for this share.
 
     Example:
         >>> case = SyntheticCliff.draw(seed=0, objective="memory")
@@ -62,6 +69,7 @@ class SyntheticCliff:
     baseline: float
     tolerance: float
     noise_sd: float
+    share: float = 1.0
 
     @classmethod
     def draw(
@@ -69,12 +77,18 @@ class SyntheticCliff:
         seed: int,
         objective: Literal["memory", "throughput"] = "memory",
         family: Family | None = None,
+        share: float = 1.0,
+        misleading: bool = False,
     ) -> SyntheticCliff:
         """Draw a problem; without a family, one of the first four that follows from the seed.
 
         The cliff lies at a sparsity of 0.3 to 0.995 for ``"memory"`` (bytes of the kept weights
         and a fixed overhead) and 0.3 to 0.95 for ``"throughput"`` (time in steps of 16 of 256
         channels, known up to 1 to 3 %); noise is 0.1 to 0.5 % and the tolerance 0.5 to 2 points.
+
+        After a quarter of the training the cliff lies at a ``u`` 1.02 to 1.6 times nearer, where
+        that is ``misleading`` 2.5 to 6 times, after another ``share`` by a power law; up to half a
+        point is lost besides.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -96,6 +110,11 @@ class SyntheticCliff:
             measured = utility + uniform(0.01, 0.03) * jitter
         baseline, noise_sd = uniform(0.7, 0.99), uniform(0.001, 0.005)
         location = -math.log1p(-sparsity)
+        full, less = u, torch.Generator().manual_seed(10**6 + seed)  # no other draw is changed
+        if share < 1:
+            low, high = _MUCH_NEARER if misleading else _NEARER
+            power = low + (high - low) * float(torch.rand(1, generator=less))
+            u = torch.cat([full, full * share**-power])
         z = u / location
         depth = (baseline - 0.1) * uniform(0.8, 1.0)
         match family or _KNOWN[seed % len(_KNOWN)]:
@@ -119,9 +138,17 @@ class SyntheticCliff:
                 drop = (slope * z + steep * (z - 1).clamp(min=0)).clamp(max=depth)
         gain = max(0.0, uniform(-0.003, 0.004))
         drop = drop - gain * (z / 0.5) * torch.exp(1 - z / 0.5)
-        error = noise_sd * torch.randn(len(u), generator=generator, dtype=torch.float64)
+        error = noise_sd * torch.randn(len(full), generator=generator, dtype=torch.float64)
         tolerance = uniform(0.005, 0.02)
-        return cls(u, baseline - drop, error, utility, measured, baseline, tolerance, noise_sd)
+        if share < 1:
+            besides = _UNTRAINED * float(torch.rand(1, generator=less))
+            drop[len(full) :] += besides * z[len(full) :].clamp(max=1.0)
+            other = noise_sd * torch.randn(len(full), generator=less, dtype=torch.float64)
+            error = torch.cat([error, other])
+            full, utility, measured = (torch.cat([x, x]) for x in (full, utility, measured))
+        return cls(
+            full, baseline - drop, error, utility, measured, baseline, tolerance, noise_sd, share
+        )
 
     def problem(self, z: float = 0.0, budget: float | None = None) -> Problem:
         """The problem as a strategy is told it.
@@ -131,9 +158,10 @@ class SyntheticCliff:
             budget: The utility that is asked for, instead of the tolerance.
         """
         dense = Observation(torch.zeros(1), self.baseline, self.noise_sd**2, utility=0.0)
-        return Problem(
-            candidates=self.candidates.unsqueeze(-1),
-            utility=self.measured,
+        own = slice(self._count)
+        problem = Problem(
+            candidates=self.candidates[own].unsqueeze(-1),
+            utility=self.measured[own],
             baseline=dense,
             level=self.baseline - self.tolerance,
             noise_variance=self.noise_sd**2,
@@ -141,15 +169,25 @@ class SyntheticCliff:
             z=z,
             budget=budget,
         )
+        return problem.with_share(self.share) if self.share < 1 else problem
 
     def observe(self, index: int) -> Observation:
         """Evaluate candidate ``index``."""
+        point = self.candidates[index : index + 1]
+        if self.share < 1:
+            share = 1.0 if index < self._count else self.share
+            point = torch.cat([point, point.new_tensor([share])])
         return Observation(
-            point=self.candidates[index : index + 1],
+            point=point,
             metric=float(self.accuracy[index] + self.noise[index]),
             variance=self.noise_sd**2,
             utility=float(self.measured[index]),
         )
+
+    @property
+    def _count(self) -> int:
+        """Candidates that stand for all of the training."""
+        return len(self.candidates) // (2 if self.share < 1 else 1)
 
     @property
     def optimum(self) -> float:

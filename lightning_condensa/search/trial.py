@@ -85,6 +85,7 @@ class TrialJob:
         recorder: Collects scores of samples in the last validation; ``None`` for none.
         start: What it goes on from instead of the module, ``None`` for the module itself.
         rule: When to end it early.
+        fidelity: Share of the training; of the shortened one where it starts from a model.
     """
 
     number: int
@@ -103,6 +104,7 @@ class TrialJob:
     recorder: ScoreRecorder | None = None
     start: WarmStart | None = None
     rule: AbortRule | None = None
+    fidelity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -220,10 +222,12 @@ def _train(job: TrialJob) -> dict[str, Any]:
     callback = CondensaCallback(
         job.scheme, **{"monitor": job.metric, "mode": job.mode, **job.callback}
     )
-    arguments = job.trainer
+    arguments, share = job.trainer, job.fidelity
     if job.start is not None:
         job.start.load(module)
-        arguments = shortened(arguments, job.start.share)
+        share *= job.start.share
+    if job.start is not None or share < 1:
+        arguments = shortened(arguments, share)
     trainer = make_trainer(arguments, job.directory, (callback,))
     if job.start is not None:
         keep_teachers(trainer.callbacks, job.module)  # type: ignore[attr-defined]

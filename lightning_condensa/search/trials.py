@@ -93,6 +93,8 @@ class Trial:
         curve: ``(progress, metric)`` of the validations in training.
         bound: What the metric of an aborted trial would have stayed short of.
         objectives: All objectives of the compressed model by name; empty for a diverged trial.
+        fidelity: Share of the training that it was given, of the shortened one where it started
+            from another trial's model; one with less than 1 is evidence, and never the best.
     """
 
     number: int
@@ -116,6 +118,12 @@ class Trial:
     curve: Sequence[Sequence[float]] = ()
     bound: float | None = None
     objectives: Mapping[str, float] = field(default_factory=dict)
+    fidelity: float = 1.0
+
+    @property
+    def eligible(self) -> bool:
+        """Whether it can be the best: of all of the training, and no run of another trial."""
+        return self.fidelity == 1 and self.confirms is None
 
     @property
     def evidence(self) -> float | None:
@@ -128,6 +136,8 @@ class Trial:
         """The state, and what further runs have to do with it."""
         if self.confirms is not None:
             return f"{self.state}, another run of trial {self.confirms}"
+        if self.fidelity < 1:
+            return f"{self.state} after {self.fidelity:.0%} of the training"
         if not self.runs:
             return self.state
         confirmed = "confirmed" if self.state == "feasible" else "not confirmed"

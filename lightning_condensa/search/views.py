@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lightning_condensa.search.feasibility import FeasibilityModel
 from lightning_condensa.search.formulation import Formulation
 from lightning_condensa.search.problem import Observation
 from lightning_condensa.search.result import Curve
-from lightning_condensa.search.store import Record
+from lightning_condensa.search.store import Record, Started
 from lightning_condensa.search.strategies import KnownObjectiveStrategy
 from lightning_condensa.search.trials import State, Trial
 
@@ -25,13 +25,21 @@ def further_runs(records: Sequence[Record]) -> dict[int, list[Record]]:
 
 
 def observations(formulation: Formulation, records: Sequence[Record]) -> dict[int, Observation]:
-    """What each trial that did not fail has shown, by all runs of it."""
+    """What each trial that did not fail has shown, by all runs of it.
+
+    Those with a share of the training are left out where the strategy has no use for them.
+    """
     runs = further_runs(records)
     return {
         r.number: formulation.seen(r, runs.get(r.number, ()))
         for r in records
-        if r.outcome.status != "failed" and r.confirms is None
+        if r.outcome.status != "failed" and r.confirms is None and formulation.takes(r.fidelity)
     }
+
+
+def trainings(trials: Iterable[Record | Started]) -> float:
+    """How many trainings some trials take; confirmations do not count, and a share is a part."""
+    return sum(t.fidelity for t in trials if t.confirms is None)
 
 
 def trial_of(
@@ -62,6 +70,7 @@ def trial_of(
         started=record.started,
         probability=probability,
         confirms=record.confirms,
+        fidelity=record.fidelity,
         runs=tuple(r.outcome.metric for r in runs),
         objectives=outcome.objectives or formulation.named(outcome.objective),
         **own,
@@ -84,8 +93,11 @@ class Belief:
 
 
 def belief(formulation: Formulation, records: Sequence[Record], seed: int) -> Belief:
-    """Fit the surrogate to the trials that ended."""
-    history = observations(formulation, records)
+    """Fit the surrogate to the trials that ended, with all of the training.
+
+    What is certified rests on measurements alone, not on what less training tells of all of it.
+    """
+    history = observations(formulation, [r for r in records if r.fidelity == 1])
     problem = formulation.problem
     surrogate = KnownObjectiveStrategy().surrogate(problem, list(history.values()), seed)
     judged = history.items() if problem.budget is None else ()

@@ -69,10 +69,11 @@ class FeasibleImprovement(Criterion):
         model: FeasibilityModel,
         history: Sequence[Observation],
         pending: Tensor,
+        judge: FeasibilityModel | None = None,
     ) -> None:
-        """Judge the history."""
+        """Judge the history, by ``model`` where there is no other ``judge``."""
         self._model, self._history, self._pending = model, history, pending
-        self._good = feasible_ones(problem, history, model)
+        self._good = feasible_ones(problem, history, judge or model)
 
     def merits(self, problem: Problem) -> list[float]:
         """The utility of each, the known one where none was measured; of infeasible ones −inf."""
@@ -83,16 +84,16 @@ class FeasibleImprovement(Criterion):
 
     def values(self, problem: Problem) -> Tensor:
         """Log of the constrained expected improvement."""
-        found: Tensor = self._acquisition(problem)(problem.candidates.unsqueeze(-2))
+        found: Tensor = self.acquisition(problem)(problem.candidates.unsqueeze(-2))
         return found
 
     def chosen(self, problem: Problem, free: Tensor, q: int) -> list[int]:
         """Those of greatest joint acquisition, then those nearest to an improvement."""
-        promising = free & (problem.utility > self._incumbent(problem))
+        promising = self.promising(problem, free)
         chosen = problem.candidates.new_empty(0, self._pending.shape[-1])
         if bool(promising.any()):
             chosen, _ = optimize_acqf_discrete(
-                self._acquisition(problem),
+                self.acquisition(problem),
                 q=min(q, int(promising.sum())),
                 choices=problem.candidates[promising],
                 return_acq_values=False,
@@ -103,7 +104,12 @@ class FeasibleImprovement(Criterion):
         reserve = problem.utility.masked_fill(~free | promising, -torch.inf)
         return [*best, *reserve.argsort(descending=True).tolist()][:q]
 
-    def _acquisition(self, problem: Problem) -> KnownObjectiveCEI:
+    def promising(self, problem: Problem, free: Tensor) -> Tensor:
+        """Which of the candidates marked in ``free`` [N] would improve, if they were feasible."""
+        return free & (problem.utility > self._incumbent(problem))
+
+    def acquisition(self, problem: Problem) -> KnownObjectiveCEI:
+        """The improvement beside what is pending and may improve itself."""
         incumbent = self._incumbent(problem)
         competing = self._pending[problem.utility_at(self._pending) > incumbent]
         return KnownObjectiveCEI(

@@ -13,6 +13,7 @@ from lightning_condensa.search.problem import Observation, Problem
 from lightning_condensa.search.strategies.base import Strategy
 from lightning_condensa.search.strategies.candidates import with_candidates
 from lightning_condensa.search.strategies.criteria import criterion_of
+from lightning_condensa.search.strategies.foresight import cheap_or_full
 from lightning_condensa.search.surrogates import BilogGP, CliffEnsemble
 
 __all__ = ["KnownObjectiveStrategy"]
@@ -82,5 +83,7 @@ class KnownObjectiveStrategy(Strategy):
         q: int,
         seed: int,
     ) -> list[int]:
+        if problem.fidelity:
+            return cheap_or_full(problem, history, pending, free, q, seed)
         model = self.surrogate(problem, history, seed)
         return criterion_of(problem, model, history, pending, seed).chosen(problem, free, q)
