@@ -22,7 +22,12 @@ OTHERS = {
     "safetensors": "safetensors",
     "torch_save": "`torch.save`",
 }
-WAYS = {"lc": "L-C", "once": "rounded once", "straight-through": "straight-through"}
+WAYS = {
+    "lc": "L-C",
+    "lc from half way": "L-C from half way",
+    "once": "rounded once",
+    "straight-through": "straight-through",
+}
 
 
 def quantizers() -> str | None:
