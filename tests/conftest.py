@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+
+# Processes that tests start import helpers by name, too.
+sys.path.insert(0, str(Path(__file__).parent))
 
 # Small tensors: more threads would only wait for each other, and for those of other workers.
 torch.set_num_threads(1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch import run_script
 from torch import nn
 
-from lightning_condensa import Compose, CompressedModel, Prune, Quantize
+from lightning_condensa import Compose, CompressedModel, Prune, Quantize, cli
 from lightning_condensa.cli import main
 from lightning_condensa.version import __version__
 
@@ -24,13 +23,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inspect_shows_every_tensor_and_the_size(file: Path) -> None:
-    command = [sys.executable, "-m", "lightning_condensa.cli", "inspect", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
+    out = run_script(Path(cli.__file__), "inspect", file)
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
     assert rows["0.weight"][1] == "10x20" and rows["0.weight"][3] == "I8"
     kept = int(rows["0.weight"][5]) + int(rows["2.weight"][5])
     assert kept == round(0.25 * 220)
-    assert f"{file.stat().st_size:,} bytes" in done.stdout
+    assert f"{file.stat().st_size:,} bytes" in out
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no packed file"])

@@ -17,8 +17,8 @@ from lightning_condensa.deploy.streams import BLOCK, positions
 from lightning_condensa.deploy.tensor_codec import Parts
 from lightning_condensa.deploy.words import DTYPES, Words, word_type, words_in, words_to_tensor
 
-_WORTH_PAIRS = 1 << 19
-"""Their table takes as long as looking up an eighth of that."""
+_WORTH_PAIRS = 8
+"""As many times the entries of a table of pairs: it takes as long as looking up one eighth."""
 
 _INTEGERS = {"I8": np.int8, "U8": np.uint8}
 """Types of codes that numpy knows and that are not floating point."""
@@ -66,7 +66,7 @@ def decode_into(out: Tensor, entry: EncodedEntry, parts: Parts, scale: Tensor | 
 
         def scaled(begin: int, block: NDArray[np.int64]) -> Words:
             values = _tensor(codes[begin : begin + len(block)], entry.value_type).float()
-            factors = scales if len(scales) == 1 else scales[torch.from_numpy(block // row)]
+            factors = scales if len(scales) == 1 else torch.from_numpy(scales.numpy()[block // row])
             return words_in(values.mul_(factors).add_(0.0).to(out.dtype))
 
         _scatter(flat, gaps, scaled)
@@ -106,16 +106,15 @@ def look_up(table: Words, indices: Words, out: Words) -> None:
         >>> out.tolist()
         [9, 7, 9]
     """
-    pairs = len(out) // 2
-    if out.itemsize > 4 or pairs < _WORTH_PAIRS:
+    pairs, size = len(out) // 2, len(table)
+    if out.itemsize > 4 or pairs < _WORTH_PAIRS * size**2:
         for part in _blocks(len(out)):
             np.take(table, indices[part], out=out[part], mode="clip")
         return
-    full = np.resize(table, 256)
-    both = np.empty((256, 256, 2), table.dtype)
     # A pair of bytes is a number of two digits to the base of 256.
+    both = np.zeros((size, 256, 2), table.dtype)
     first, second = (0, 1) if sys.byteorder == "little" else (1, 0)
-    both[:, :, first], both[:, :, second] = full, full[:, None]
+    both[:, :size, first], both[:, :size, second] = table, table[:, None]
     wide = both.reshape(-1).view(word_type(16 * out.itemsize))
     numbers, wide_out = indices[: 2 * pairs].view(np.uint16), out[: 2 * pairs].view(wide.dtype)
     for part in _blocks(pairs):

@@ -144,12 +144,14 @@ class Blocks:
         if any(pads):
             weight = nnf.pad(weight, [p for pad in reversed(pads) for p in (0, pad)])
         interleaved = [n for pair in zip(counts, self.block_size, strict=True) for n in pair]
-        order = [*range(0, len(interleaved), 2), *range(1, len(interleaved), 2)]
-        return (
-            weight.reshape(interleaved)
-            .permute(order)
-            .reshape(math.prod(counts), math.prod(self.block_size))
-        )
+        which, within = (list(range(first, len(interleaved), 2)) for first in (0, 1))
+        split = weight.reshape(interleaved)
+        rows = split.permute(*which, *within)
+        if rows.is_contiguous():
+            return rows.view(math.prod(counts), math.prod(self.block_size))
+        # Blocks side by side in memory: what is done to each of them runs along it.
+        columns = split.permute(*within, *which)
+        return columns.reshape(math.prod(self.block_size), math.prod(counts)).t()
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """One row per group."""
@@ -172,8 +174,10 @@ class Blocks:
     def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
         """Repeat each block's verdict over its weights."""
         mask = keep.view(self.grid(shape))
-        for dim, (extent, block) in enumerate(zip(shape, self.block_size, strict=True)):
-            mask = mask.repeat_interleave(block, dim=dim).narrow(dim, 0, extent)
+        for dim in reversed(range(len(shape))):  # the last one first: then whole rows are copied
+            repeated = [-1] * (dim + 1) + [self.block_size[dim]] + [-1] * (len(shape) - dim - 1)
+            mask = mask.unsqueeze(dim + 1).expand(repeated).flatten(dim, dim + 1)
+            mask = mask.narrow(dim, 0, shape[dim])
         return mask
 
 

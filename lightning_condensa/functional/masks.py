@@ -35,8 +35,10 @@ def inside(mask: Tensor, values: Tensor) -> Tensor:
         tensor([-2.,  0.])
     """
     bits = _BITS[values.element_size()]
-    if values.shape != mask.shape or not (values.is_contiguous() and mask.is_contiguous()):
-        return values.view(bits).bitwise_and(numbers(mask, bits).neg_()).view(values.dtype)
+    # What a mask repeats need not be turned into numbers more than once.
+    once = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())]
+    if values.shape != once.shape or not (values.is_contiguous() and mask.is_contiguous()):
+        return values.view(bits).bitwise_and(numbers(once, bits).neg_()).view(values.dtype)
     result = torch.empty_like(values)  # fresh memory is dear: none for what is in between
     length = chunk_length(values)
     flat = (torch.split(t.view(-1), length) for t in (values.view(bits), mask, result.view(bits)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,23 +63,22 @@ def grid_scale(rows: Tensor, low: int, high: int, ranks: Ranks | None = None) ->
     # A denormal row would need a scale below the smallest float: it rounds to zero instead.
     full = _rounded(covering)
     full = torch.where(full > 0, full, torch.ones_like(full))
-    best, best_error = sign * full, ranks.sum(_error(rows, sign * full, low, high))
 
-    def attempt(scale: Tensor) -> None:
-        nonlocal best, best_error
+    def allowed(scale: Tensor) -> Tensor:
         scale = sign * torch.minimum(_rounded(scale), full)
-        scale = torch.where(scale.abs() < torch.finfo(torch.float32).tiny, best, scale)
-        error = ranks.sum(_error(rows, scale, low, high))
+        return torch.where(scale.abs() < torch.finfo(torch.float32).tiny, sign * full, scale)
+
+    tried = allowed(full * full.new_tensor([1.0, *_shrinks(high)]))
+    errors = ranks.sum(_errors(rows, tried, low, high))
+    least = errors.argmin(1, keepdim=True)  # the first of equals
+    best, best_error = tried.gather(1, least), errors.gather(1, least)
+    for _ in range(_REFINEMENTS if high <= 7 else 0):
+        qw, qq = ranks.sum(_moments(rows, best, low, high))
+        scale = allowed((qw / qq.clamp_min(1)).to(torch.float32).abs())
+        error = ranks.sum(_errors(rows, scale, low, high))
         better = error < best_error
         best = torch.where(better, scale, best)
         best_error = torch.where(better, error, best_error)
-
-    for shrink in _shrinks(high):
-        attempt(full * shrink)
-    if high <= 7:
-        for _ in range(_REFINEMENTS):
-            qw, qq = (ranks.sum(s) for s in _moments(rows, best, low, high))
-            attempt((qw / qq.clamp_min(1)).to(torch.float32).abs())
     return best
 
 
@@ -141,7 +140,19 @@ def power_scale(rows: Tensor, dtype: torch.dtype, ranks: Ranks | None = None) ->
 
 def integer_codes(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """Nearest codes on the grid, ``clamp(round(w / scale), low, high)``, as int8."""
-    return (rows.to(torch.float32) / scale).round_().clamp_(low, high).to(torch.int8)
+    codes = torch.empty_like(rows, dtype=torch.int8)
+    for at in _pieces(rows):
+        exact = rows[at].to(torch.float32) / scale[at[0]]
+        codes[at] = exact.round_().clamp_(low, high)
+    return codes
+
+
+def float_codes(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearest values of a narrow float type to ``w / scale``, ``(rows, size)``."""
+    codes = torch.empty_like(rows, dtype=dtype)
+    for at in _pieces(rows):
+        codes[at] = cast(rows[at].to(torch.float32) / scale[at[0]], dtype)
+    return codes
 
 
 def sign_codes(rows: Tensor) -> Tensor:
@@ -163,7 +174,9 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize == 1:  # torch has no arithmetic on these
         # Their limits are exact in every wider type, unlike those of 16 bits in the other one.
         codes = weight.clamp(-limit, limit).to(dtype)
-        return torch.where(codes.view(torch.int8) == -128, 0, codes.view(torch.int8)).view(dtype)
+        bits = codes.view(torch.int8)
+        bits.mul_(bits.clone().ne_(-128))  # ones and zeros: a CPU is slow on booleans
+        return codes
     # Cast first: in the type of the weight the limit itself might round up and overflow.
     return weight.to(dtype).clamp(-limit, limit).add_(0.0)
 
@@ -172,7 +185,8 @@ def _peak(rows: Tensor, signed: bool = False) -> Tensor:
     """Largest magnitude of each row, or largest value but at least 0, ``(rows, 1)``."""
     if rows.shape[1] == 0:  # a process may hold nothing of its rows
         return rows.new_zeros(len(rows), 1)
-    return rows.amax(1, keepdim=True).clamp_min(0) if signed else rows.abs().amax(1, keepdim=True)
+    most = rows.amax(1, keepdim=True).clamp_min(0)
+    return most if signed else torch.maximum(most, rows.amin(1, keepdim=True).neg())
 
 
 def _rounded(scale: Tensor) -> Tensor:
@@ -180,41 +194,55 @@ def _rounded(scale: Tensor) -> Tensor:
     return torch.ldexp((mantissa * 2**17).round_() / 2**17, exponent)
 
 
-def _error(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """``Σ (qs − w)²`` of each row for its codes q, in double precision, ``(rows, 1)``."""
+def _errors(rows: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    """``Σ (qs − w)²`` of each row for its codes q, for each of its scales, in double precision."""
 
-    def squares(codes: Tensor, piece: Tensor, step: Tensor) -> list[Tensor]:
-        return [codes.mul_(step).sub_(piece).square_()]
+    def square(codes: Tensor, piece: Tensor, step: Tensor) -> Tensor:
+        return codes.mul_(step).sub_(piece).square_()
 
-    return _sums(rows, scale, low, high, squares)[0]
+    return _sums(rows, scales, low, high, [square])[0]
 
 
-def _moments(rows: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """``Σ qw`` and ``Σ q²`` of each row for its codes q, in double precision, ``(rows, 1)``."""
+def _moments(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """``Σ qw`` and ``Σ q²`` of each row for its codes q, in double precision, ``(2, rows, 1)``."""
 
-    def products(codes: Tensor, piece: Tensor, step: Tensor) -> list[Tensor]:
-        return [codes * piece, codes.square()]
+    def product(codes: Tensor, piece: Tensor, step: Tensor) -> Tensor:
+        return codes * piece
 
-    qw, qq = _sums(rows, scale, low, high, products)
-    return qw, qq
+    def square(codes: Tensor, piece: Tensor, step: Tensor) -> Tensor:
+        return codes.square_()
+
+    return _sums(rows, scale, low, high, [product, square])
 
 
 def _sums(
     rows: Tensor,
-    scale: Tensor,
+    scales: Tensor,
     low: int,
     high: int,
-    terms: Callable[[Tensor, Tensor, Tensor], list[Tensor]],
-) -> list[Tensor]:
-    """Sums over each row of some terms in its codes and values, piece by piece."""
-    length = chunk_length(rows)
+    terms: Sequence[Callable[[Tensor, Tensor, Tensor], Tensor]],
+) -> Tensor:
+    """Sums over each row of terms in its codes, values and scale, ``(terms, *scales.shape)``.
+
+    Piece by piece, and each for all scales while it is in the cache. The last term may overwrite
+    the codes.
+    """
+    totals = rows.new_zeros(len(terms), *scales.shape, dtype=torch.float64)
+    for top, left in _pieces(rows):
+        piece = rows[top, left]
+        codes, sums = torch.empty_like(piece), []
+        for step in torch.split(scales[top], 1, dim=1):
+            torch.div(piece, step, out=codes).round_().clamp_(low, high)
+            sums += [term(codes, piece, step).sum(1, dtype=torch.float64) for term in terms]
+        by_scale = torch.unflatten(torch.stack(sums), 0, (-1, len(terms)))
+        totals[:, top] += by_scale.permute(1, 2, 0)
+    return totals
+
+
+def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Where to cut a matrix into pieces that stay in the cache."""
+    length = 2 * chunk_length(rows)  # there are many small operations on each
     height = max(length // max(rows.shape[1], 1), 1)
-    parts: list[list[Tensor]] = []
-    for part, step in zip(torch.split(rows, height), torch.split(scale, height), strict=True):
-        found = []
-        for piece in torch.split(part, length, dim=1):
-            codes = (piece / step).round_().clamp_(low, high)
-            values = terms(codes, piece, step)
-            found.append([v.sum(1, keepdim=True, dtype=torch.float64) for v in values])
-        parts.append([torch.stack(same).sum(0) for same in zip(*found, strict=True)])
-    return [torch.cat(same) for same in zip(*parts, strict=True)]
+    for top in range(0, rows.shape[0], height):
+        for left in range(0, rows.shape[1], length):
+            yield slice(top, top + height), slice(left, left + length)

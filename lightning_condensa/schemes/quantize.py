@@ -15,6 +15,7 @@ from lightning_condensa.functional.masks import numbers
 from lightning_condensa.functional.placement import elementwise, like, local, placed, shrunk, where
 from lightning_condensa.functional.quantization import (
     cast,
+    float_codes,
     grid_scale,
     integer_codes,
     mean_scale,
@@ -128,7 +129,7 @@ class Quantize(Scheme):
         if self.dtype in SCALED_FLOATS:
             dtype = SCALED_FLOATS[self.dtype]
             scale = power_scale(rows, dtype, ranks)
-            return cast(rows.to(torch.float32) / scale, dtype), scale
+            return float_codes(rows, scale, dtype), scale
         high = 1 if self.dtype == "ternary" else 2 ** (INTEGERS[self.dtype] - 1) - 1
         low = -high if self.symmetric or self.dtype == "ternary" else -high - 1
         scale = grid_scale(rows, low, high, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_condensa.functional.chunks import chunk_length
 from lightning_condensa.functional.criteria import Criterion, get_criterion
 from lightning_condensa.functional.grouping import Blocks, Grouping, n_m_mask
 from lightning_condensa.functional.placement import elementwise, like, local, part_shape, uncut
@@ -64,10 +66,21 @@ class GroupPrune(DensityPrune):
         grid = torch.Size(grouping.grid(weight.shape))
         if weight.is_meta:  # only counted: a criterion may branch on values
             return weight.new_empty(grid)
-        weight = uncut(weight, grouping.unit(weight.shape), target.name)
+        unit = grouping.unit(weight.shape)
+        weight = uncut(weight, unit, target.name)
         part = local(weight)
-        score = self.rate(*grouping.split(part), target.name, Ranks.holding([weight]))
-        return like(score.view(grouping.grid(part.shape)), weight, grid)
+        found = [self._rated(*grouping.split(slab)) for slab in self._slabs(part, unit[0])]
+        score = torch.cat(found) if len(found) > 1 else found[0]
+        shape = grouping.grid(part.shape)
+        self._check(score, math.prod(shape), target.name, Ranks.holding([weight]))
+        return like(score.view(shape), weight, grid)
+
+    def _slabs(self, weight: Tensor, extent: int | None) -> Sequence[Tensor]:
+        """Whole groups that stay in the cache; ``extent`` is that of a group, or all of them."""
+        if extent is None or callable(self.criterion):  # which may look at all groups
+            return (weight,)
+        length = chunk_length(weight) * len(weight) // max(weight.numel(), 1)
+        return torch.split(weight, max(length // extent, 1) * extent)
 
     def rate(self, rows: Tensor, sizes: Tensor, name: str, ranks: Ranks) -> Tensor:
         """The criterion of groups that are given as rows.
@@ -81,16 +94,22 @@ class GroupPrune(DensityPrune):
         Raises:
             ValueError: If the criterion does not return a number for each group.
         """
+        score = self._rated(rows, sizes)
+        self._check(score, len(sizes), name, ranks)
+        return score
+
+    def _rated(self, rows: Tensor, sizes: Tensor) -> Tensor:
         # In float32 at least: sums of squares of finite halves overflow, and round into ties.
         wide = torch.promote_types(rows.dtype, torch.float32)
-        score = get_criterion(self.criterion)(rows.abs().to(wide), sizes.to(wide))
-        wrong = score.shape != sizes.shape[:1] or bool(score.isnan().any())
+        return get_criterion(self.criterion)(rows.abs().to(wide), sizes.to(wide))
+
+    def _check(self, score: Tensor, groups: int, name: str, ranks: Ranks) -> None:
+        wrong = score.shape != (groups,) or bool(score.isnan().any())
         if any(ranks.totals([wrong])):
             raise ValueError(
-                f"criterion {self.criterion!r} must return {len(sizes)} scores that are not NaN "
+                f"criterion {self.criterion!r} must return {groups} scores that are not NaN "
                 f"for {name}, got shape {tuple(score.shape)}"
             )
-        return score
 
     def left(self, theta: Mapping[str, Encoded], target: Target) -> tuple[int, int]:
         """How many groups hold an element that is not zero, and how many there are."""

@@ -119,7 +119,7 @@ def worlds(folder: Path) -> None:
                 devices=world,
                 # Forked, they need not import everything again.
                 strategy="ddp_fork" if world > 1 else "auto",
-                max_epochs=12,
+                max_epochs=6,
                 callbacks=[callback, Write(callback, name, folder)],
                 enable_checkpointing=False,
                 default_root_dir=folder,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import warnings
 import weakref
 from copy import deepcopy
@@ -16,11 +13,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from launch import run_script
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-import lightning_condensa
 from lightning_condensa import Compose, CondensaCallback, Prune, Quantize
 
 SHORT = {"l_steps": 8}
@@ -342,18 +339,7 @@ def test_the_argument_is_checked() -> None:
 @pytest.mark.timeout(180)
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
-    root = Path(lightning_condensa.__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    worker = Path(__file__).with_name("batchnorm_worker.py")
-    done = subprocess.run(
-        [sys.executable, str(worker), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(Path(__file__).with_name("batchnorm_worker.py"), tmp_path)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
     assert len(first["validated"]) == 2
     for one, other in zip(first["validated"], second["validated"], strict=True):

@@ -1,32 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from launch import run_script
 from torch import Tensor
 
-import lightning_condensa
-
-
-def run_worker(*arguments: object) -> None:
-    root = Path(lightning_condensa.__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    worker = Path(__file__).with_name("ddp_worker.py")
-    done = subprocess.run(
-        [sys.executable, str(worker), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
 def assert_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
@@ -37,7 +20,7 @@ def assert_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> N
 
 @pytest.mark.timeout(180)
 def test_two_processes_end_with_the_same_bits(tmp_path: Path) -> None:
-    run_worker("monitor", tmp_path)
+    run_script(WORKER, "monitor", tmp_path)
     for name in ("last", "best"):
         first, second = (
             torch.load(tmp_path / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1)
@@ -53,7 +36,7 @@ def test_two_processes_end_with_the_same_bits(tmp_path: Path) -> None:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one, two and four processes end with."""
     folder = tmp_path_factory.mktemp("worlds")
-    run_worker("worlds", folder)
+    run_script(WORKER, "worlds", folder)
     return folder
 
 

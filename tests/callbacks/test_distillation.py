@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from launch import run_script
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-import lightning_condensa
 from lightning_condensa import CondensaCallback, Prune
 from lightning_condensa.callbacks.distillation import Distillation
 from lightning_condensa.callbacks.tap import Stopwatch
@@ -437,16 +434,7 @@ def test_manual_optimization_and_shared_weights_are_errors(net, trainer, loader)
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
-    root = Path(lightning_condensa.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("distillation_worker.py")), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(Path(__file__).with_name("distillation_worker.py"), tmp_path)
     for strategy in ("ddp", "ddp_find_unused_parameters_true"):
         first, second, plain = (
             torch.load(tmp_path / f"{strategy}-{which}.pt", weights_only=True)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,29 +12,16 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from launch import run_script
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import lightning_condensa
 from lightning_condensa.callbacks.checks import check_strategy
 from lightning_condensa.deploy import load_compressed
 
 HERE = Path(__file__).parent
 FORMS = ["file", "folder"]
-
-
-def run(worker: str, *arguments: str) -> None:
-    root = Path(lightning_condensa.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, str(HERE / worker), *arguments],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +34,7 @@ def run(worker: str, *arguments: str) -> None:
     ],
 )
 def test_sharded_runs_equal_one_process(world: int, extent: str, tmp_path: Path) -> None:
-    run("sharded_worker.py", str(world), str(tmp_path), extent)
+    run_script(HERE / "sharded_worker.py", world, tmp_path, extent)
     for rank in range(world):
         outcome = json.loads((tmp_path / f"{rank}.json").read_text())
         assert outcome
@@ -99,8 +83,8 @@ def load(path: Path) -> Any:
 )
 def fits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fits:
     folder = tmp_path_factory.mktemp("fits")
-    run("sharded_fit_worker.py", str(request.param), str(folder))
     path = HERE / "sharded_fit_worker.py"
+    run_script(path, request.param, folder)
     spec = importlib.util.spec_from_file_location("sharded_fit_worker", path)
     assert spec is not None and spec.loader is not None
     worker = importlib.util.module_from_spec(spec)

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from launch import run_script
 from torch import Tensor, nn
 
 from lightning_condensa.deploy import CompressedModel, PackedFileError, load_compressed
@@ -37,7 +36,6 @@ class Network(nn.Module):
 SECOND_PROCESS = """
 import sys
 import torch
-sys.path.insert(0, sys.argv[1])
 from network import Network
 from lightning_condensa import load_compressed
 torch.manual_seed(1)
@@ -76,7 +74,9 @@ def test_a_second_process_gets_the_same_outputs(tmp_path: Path) -> None:
     compressed.save(tmp_path / "model.condensa")
     torch.save(x, tmp_path / "input.pt")
     (tmp_path / "network.py").write_text(MODULE)
-    subprocess.run([sys.executable, "-c", SECOND_PROCESS, str(tmp_path)], check=True)
+    script = tmp_path / "second.py"
+    script.write_text(SECOND_PROCESS)
+    run_script(script, tmp_path)
     output = torch.load(tmp_path / "output.pt", weights_only=True)
     assert torch.equal(output, compressed.module(x))
     assert output.abs().sum() > 0

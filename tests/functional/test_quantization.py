@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_condensa.functional import quantization
 from lightning_condensa.functional.quantization import (
     cast,
+    float_codes,
     grid_scale,
     integer_codes,
     mean_scale,
@@ -215,3 +217,34 @@ def test_float8_is_the_nearest_under_its_scale(row: list[float]) -> None:
     decoded = codes.float() * scale
     again = power_scale(decoded, torch.float8_e4m3fn)
     assert torch.equal(cast(decoded / again, torch.float8_e4m3fn).float() * again, decoded)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 40), (30, 1), (1, 33), (0, 4), (3, 0)])
+def test_pieces_change_nothing(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows and columns: as if all were in one piece."""
+    torch.manual_seed(0)
+    rows = torch.randn(shape).pow(3)
+
+    def found() -> list[Tensor]:
+        results = []
+        for low, high in ((-1, 1), (-8, 7), (-127, 127)):
+            scale = grid_scale(rows, low, high)
+            results += [scale, integer_codes(rows, scale, low, high)]
+        scale = power_scale(rows, torch.float8_e4m3fn)
+        return [*results, scale, float_codes(rows, scale, torch.float8_e4m3fn).float()]
+
+    whole = found()
+    monkeypatch.setattr(quantization, "chunk_length", lambda rows: 4)  # pieces of eight
+    assert all(map(torch.equal, found(), whole))
+
+
+def test_codes_are_those_of_the_formula() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, 200_000)
+    scale = grid_scale(rows, -7, 7)
+    assert torch.equal(
+        integer_codes(rows, scale, -7, 7), (rows / scale).round().clamp(-7, 7).to(torch.int8)
+    )
+    scale = power_scale(rows, torch.float8_e4m3fn)
+    ours = float_codes(rows, scale, torch.float8_e4m3fn)
+    assert torch.equal(ours.float(), (rows / scale).to(torch.float8_e4m3fn).float())

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launch import run_script
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(script: str, *arguments: str, cwd: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / script), *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.timeout(900)
 def test_the_main_job_in_small(tmp_path: Path) -> None:
     # Hardly trained networks: a wide tolerance, so that something is feasible.
     small = ("--trials", "2", "--epochs", "4", "--tolerance", "0.9", "--confidence", "0.5")
-    out = run("digits/search.py", *small, cwd=tmp_path)
+    out = run_script(EXAMPLES / "digits/search.py", *small, cwd=tmp_path)
     folder = tmp_path / "runs" / "digits"
     figures = json.loads((folder / "figures.json").read_text())
     dense, compressed = figures["dense"], figures["compressed"]
@@ -40,14 +29,14 @@ def test_the_main_job_in_small(tmp_path: Path) -> None:
     assert (folder / "result" / "search.png").exists()
     assert load_file(folder / "outputs.safetensors")["outputs"].shape == (400, 10)
     # A second run finds everything done.
-    again = run("digits/search.py", *small, cwd=tmp_path)
+    again = run_script(EXAMPLES / "digits/search.py", *small, cwd=tmp_path)
     assert again.count("feasible") == out.count("feasible")
     assert len(list((folder / "trials").iterdir())) == 2
 
 
 @pytest.mark.slow
 def test_every_layer_in_its_own_way(tmp_path: Path) -> None:
-    out = run("mixed_scheme/compress.py", "--epochs", "3", cwd=tmp_path)
+    out = run_script(EXAMPLES / "mixed_scheme/compress.py", "--epochs", "3", cwd=tmp_path)
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     table = [cells for cells in lines if len(cells) == 8 and cells[4]]
     bits = {name: int(bits) for name, _, _, _, bits, *_ in table}
@@ -68,6 +57,6 @@ def test_every_layer_in_its_own_way(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_callback_in_a_script(tmp_path: Path) -> None:
-    out = run("digits/callback.py", cwd=tmp_path)
+    out = run_script(EXAMPLES / "digits/callback.py", cwd=tmp_path)
     assert "layers.6.weight" in out and "bytes in digits.condensa" in out
     assert (tmp_path / "digits.condensa").stat().st_size < 20_000

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_condensa.functional.criteria import get_criterion
 from lightning_condensa.schemes import (
     BlockPrune,
     Compose,
@@ -20,6 +22,7 @@ from lightning_condensa.schemes import (
     Prune,
     Quantize,
     Scheme,
+    structured,
 )
 
 from .networks import LAYERS, Tied, filled, linears, pi
@@ -389,3 +392,27 @@ def test_int8_scales_follow_output_channels() -> None:
     conv = filled(nn.ConvTranspose2d(4, 6, 3))
     assert pi(Quantize("int8"), conv)["weight"].scale.shape == (1, 6, 1, 1)
     assert pi(Quantize("int8"), filled(nn.Conv2d(4, 6, 3)))["weight"].scale.shape == (6, 1, 1, 1)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "max", "min", "sum"])
+@pytest.mark.parametrize(
+    "scheme, layer",
+    [
+        (NeuronPrune(0.5), nn.Linear(5, 11)),
+        (BlockPrune(0.5, (2, 3)), nn.Linear(7, 13)),
+        (BlockPrune(0.5, (4, 1)), nn.Linear(8, 12)),
+        (FilterPrune(0.5), nn.Conv2d(3, 10, 3)),
+        (FilterPrune(0.5), nn.ConvTranspose2d(4, 6, 3, groups=2)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_groups_are_scored_alike_in_slabs(
+    scheme: Scheme, layer: nn.Module, criterion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = replace(scheme, criterion=criterion)
+    expected = pi(replace(scheme, criterion=get_criterion(criterion)), layer)["weight"]
+    for length in (1, 30, 1 << 16):
+        monkeypatch.setattr(structured, "chunk_length", lambda weight, length=length: length)
+        found = pi(named, layer)["weight"]
+        assert found.mask.any() and not found.mask.all()
+        assert torch.equal(found.mask, expected.mask)

@@ -224,10 +224,11 @@ def check_aborted(result: SearchResult, epochs: int = 6, batches: int = 4) -> li
 
 
 def test_a_hopeless_trial_ends_early_and_is_recorded(tmp_path: Path) -> None:
-    result = aborting(tmp_path).fit(learner(), **loaders())
+    eight = {"max_trials": 8}
+    result = aborting(tmp_path, **eight).fit(learner(), **loaders())
     found = check_aborted(result)
     assert found and min(found) >= LEAST_CURVES
-    full = aborting(tmp_path / "full", early_abort=False).fit(learner(), **loaders())
+    full = aborting(tmp_path / "full", early_abort=False, **eight).fit(learner(), **loaders())
     assert [t.state for t in full.trials if t.number in found] == ["infeasible"] * len(found)
     for trial in (result.trials[n] for n in found):
         assert full.trials[trial.number].metric <= trial.bound
@@ -235,7 +236,7 @@ def test_a_hopeless_trial_ends_early_and_is_recorded(tmp_path: Path) -> None:
     assert result.best.values == full.best.values
     result.plot()
     # By a tolerance that its model keeps, an aborted trial is feasible: it was evaluated.
-    loose = aborting(tmp_path, tolerance=0.6).fit(learner(), **loaders())
+    loose = aborting(tmp_path, tolerance=0.6, **eight).fit(learner(), **loaders())
     assert {t.state for t in loose.trials} == {"feasible"}
 
 

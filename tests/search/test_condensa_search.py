@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
+from launch import prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from toy import CLIFF, Toy, loaders, search, toy
@@ -94,6 +94,7 @@ def test_loss_metric_is_minimized(tmp_path: Path) -> None:
     assert result.best.values["density"] < 2 * EDGE
 
 
+@pytest.mark.usefixtures("figures")
 def test_several_dimensions_and_choices(tmp_path: Path) -> None:
     scheme = Compose([Prune(Range(0.005, 1.0, log=True)), Quantize(Choice(["float16", "int8"]))])
     result = search(tmp_path, scheme=scheme, max_trials=8).fit(toy(), **loaders())
@@ -117,6 +118,7 @@ def test_callable_objective_both_directions(tmp_path: Path) -> None:
     assert found_most.objective == "zeros"
 
 
+@pytest.mark.usefixtures("figures")
 def test_diverged_trials_are_infeasible_observations(tmp_path: Path) -> None:
     result = search(tmp_path, max_trials=7).fit(toy(trap="nan"), **loaders())
     states = {t.state for t in result.trials}
@@ -130,6 +132,7 @@ def test_diverged_trials_are_infeasible_observations(tmp_path: Path) -> None:
     assert study.best_trial.number == result.best.number
 
 
+@pytest.mark.usefixtures("figures")
 def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
     result = search(tmp_path, max_trials=6, scan=False).fit(toy(trap="raise"), **loaders())
     failed = [t for t in result.trials if t.state == "failed"]
@@ -139,6 +142,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path) -> No
     assert "told to break" in (failed[0].directory / "error.txt").read_text()
 
 
+@pytest.mark.usefixtures("figures")
 def test_nothing_feasible_is_said_with_the_nearest_miss(tmp_path: Path) -> None:
     low = Prune(Range(0.005, 0.03, log=True))
     result = search(tmp_path, scheme=low, max_trials=3).fit(toy(), **loaders())
@@ -225,8 +229,8 @@ def test_another_search_in_the_same_study_is_refused(tmp_path: Path) -> None:
         search(tmp_path).fit(other, **loaders())
 
 
-def test_trials_in_a_spawned_process_pool(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def test_trials_in_a_process_pool(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, mp_context=prepared()) as pool:
         inside = search(tmp_path / "pool", max_trials=3, executor=pool).fit(toy(), **loaders())
     here = search(tmp_path / "here", max_trials=3).fit(toy(), **loaders())
     assert [t.state for t in inside.trials] == [t.state for t in here.trials]
@@ -255,6 +259,7 @@ def test_one_trial_for_each_realizable_structure(tmp_path: Path) -> None:
     assert sorted(kept) == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("figures")
 def test_tensorboard_has_every_trial_and_an_overview(tmp_path: Path) -> None:
     result = search(tmp_path, max_trials=2).fit(toy(), **loaders())
     overview = EventAccumulator(str(tmp_path / "overview"), size_guidance={"images": 0}).Reload()

@@ -131,6 +131,7 @@ def test_trials_know_when_they_began(found: SearchResult) -> None:
         assert trial.started - 1 <= record.stat().st_mtime <= following.started + 1
 
 
+@pytest.mark.usefixtures("figures")
 def test_tensorboard_has_the_same_figures_and_the_table(
     found: SearchResult, tmp_path: Path
 ) -> None:
