@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,13 @@ def test_inspect_shows_every_tensor_and_the_size(file: Path) -> None:
     kept = int(rows["0.weight"][5]) + int(rows["2.weight"][5])
     assert kept == round(0.25 * 220)
     assert f"{file.stat().st_size:,} bytes" in out
+
+
+@pytest.mark.slow
+def test_the_module_is_a_command(file: Path) -> None:
+    command = [sys.executable, "-m", "lightning_condensa.cli", "inspect", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{file.stat().st_size:,} bytes" in done.stdout
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no packed file"])
