@@ -35,22 +35,25 @@ def quantizers() -> str | None:
     results = read_results("quantizers")
     if not results:
         return None
-    scores: dict[str, dict[tuple[str, str], list[float]]] = {}
+    scores: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
     for c in results["cells"]:
         name, way = c["method"].rsplit(", ", 1)
-        scores.setdefault(c["task"], {}).setdefault((name, way), []).append(c["test"])
+        row = scores.setdefault(c["task"], {}).setdefault(name, {})
+        row.setdefault(way, {})[c["seed"]] = c["test"]
     parts = []
     for task, found in scores.items():
-        rows = []
-        for name in dict.fromkeys(name for name, _ in found):
-            entries = (found.get((name, way)) for way in WAYS)
-            rows.append(
-                [name, *(spread(mean_sd(v)) + f" ({len(v)})" if v else NONE for v in entries)]
-            )
+        rows = [[name, *_on_common_seeds(row)] for name, row in found.items()]
         dense = mean_sd([d["test"] for d in results["dense"] if d["task"] == task])
         note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
         parts.append(f"### {task}\n\n" + table(["", *WAYS.values()], rows) + note)
     return "".join(parts).rstrip("\n") + "\n" + cells_source("quantizers", results)
+
+
+def _on_common_seeds(row: dict[str, dict[int, float]]) -> list[str]:
+    """Mean ± sd of each way over the seeds that all in a row have: some seeds are harder."""
+    common = sorted(set[int].intersection(*(set(own) for own in row.values())))
+    entries = ([row[way][seed] for seed in common] if way in row else [] for way in WAYS)
+    return [spread(mean_sd(v)) + f" ({len(v)})" if v else NONE for v in entries]
 
 
 def structured() -> str | None:
