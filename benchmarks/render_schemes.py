@@ -69,8 +69,8 @@ def structured() -> str | None:
         for way in dict.fromkeys(c["method"] for c in cells):
             row = [way]
             for density in densities:
-                own = [c for c in cells if (c["method"], c["density"]) == (way, density)]
-                row += _structured_entries(own)
+                here = [c for c in cells if c["density"] == density]
+                row += _structured_entries([c for c in here if c["method"] == way], _common(here))
             rows.append(row)
         header = [""]
         for density in densities:
@@ -81,7 +81,16 @@ def structured() -> str | None:
     return "".join(parts).rstrip("\n") + "\n" + cells_source("structured", results)
 
 
-def _structured_entries(cells: Sequence[dict[str, Any]]) -> list[str]:
+def _common(cells: Sequence[dict[str, Any]]) -> set[int]:
+    """Seeds that all methods of some cells have."""
+    seeds: dict[str, set[int]] = {}
+    for c in cells:
+        seeds.setdefault(c["method"], set()).add(c["seed"])
+    return set[int].intersection(*seeds.values())
+
+
+def _structured_entries(found: Sequence[dict[str, Any]], seeds: set[int]) -> list[str]:
+    cells = [c for c in found if c["seed"] in seeds]
     if not cells:
         return [NONE] * 3
     shares = (statistics.fmean(c[what] for c in cells) for what in ("parameters", "flops"))
