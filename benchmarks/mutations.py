@@ -167,8 +167,8 @@ MUTATIONS = [
     Mutation(
         "integers: rounded towards zero",
         "functional/quantization.py",
-        "(rows.to(torch.float32) / scale).round_().clamp_(low, high)",
-        "(rows.to(torch.float32) / scale).trunc_().clamp_(low, high)",
+        "codes[at] = exact.round_().clamp_(low, high)",
+        "codes[at] = exact.trunc_().clamp_(low, high)",
     ),
     Mutation(
         "integers: scales keep all their bits",
