@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
-from launch import prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from toy import CLIFF, Toy, loaders, search, toy
@@ -229,8 +229,8 @@ def test_another_search_in_the_same_study_is_refused(tmp_path: Path) -> None:
         search(tmp_path).fit(other, **loaders())
 
 
-def test_trials_in_a_process_pool(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(1, mp_context=prepared()) as pool:
+def test_trials_in_a_spawned_process_pool(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         inside = search(tmp_path / "pool", max_trials=3, executor=pool).fit(toy(), **loaders())
     here = search(tmp_path / "here", max_trials=3).fit(toy(), **loaders())
     assert [t.state for t in inside.trials] == [t.state for t in here.trials]

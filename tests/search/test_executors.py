@@ -16,12 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import prepared
 from toy import loaders, search, toy
 
 from lightning_condensa.search import DaskExecutor, ProcessPool, RayExecutor, SubmititExecutor
 from lightning_condensa.search.executors import InProcess, WorkerLostError
-from lightning_condensa.search.executors import pool as pool_module
 from lightning_condensa.testing import EXECUTOR_LAWS, check_executor
 
 Make = Callable[[], Executor]
@@ -130,10 +128,7 @@ def _awkward() -> None:
     raise _AwkwardError(1, 2)
 
 
-def test_pool_pins_threads_and_devices_and_survives_everything(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(pool_module, "_SPAWN", prepared())  # as spawned ones, only sooner
+def test_pool_pins_threads_and_devices_and_survives_everything() -> None:
     with ProcessPool(2, threads=3, gpus=["5", "MIG-7"]) as pool:
         seen = [f.result(60) for f in [pool.submit(_threads_and_gpus) for _ in range(2)]]
         assert sorted(seen) == [(3, "3", "5"), (3, "3", "MIG-7")]
