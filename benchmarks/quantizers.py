@@ -4,12 +4,10 @@
     python benchmarks/quantizers.py --data DATA
 
 Every way starts from the same dense weights and trains for the same number of steps with the
-task's optimizer. *From half way* is L-C in which the rate of rounded values begins at a half and
-C-steps come more often. *Once* trains on and rounds at the end. *Straight-through* is
-quantization-aware training: each forward pass rounds the weights as the scheme does (to a codebook
-that is fitted anew in every 16th step), gradients pass the rounding unchanged (Bengio et al. 2013,
-arXiv:1308.3432), and the rounded weights are shipped. Cells are written one by one and not computed
-twice.
+task's optimizer. *Once* trains on and rounds at the end. *Straight-through* is quantization-aware
+training: each forward pass rounds the weights as the scheme does (to a codebook that is fitted anew
+in every 16th step), gradients pass the rounding unchanged (Bengio et al. 2013, arXiv:1308.3432),
+and the rounded weights are shipped. Cells are written one by one and not computed twice.
 """
 
 from __future__ import annotations
@@ -39,9 +37,7 @@ SCHEMES: dict[str, Scheme] = {
     "codebook 2": Codebook(2),
     "codebook 16": Codebook(16),
 }
-#: L-C in which the weights are half way to rounded ones from the start, in more and shorter steps.
-HALF_WAY = {"rate_start": 0.5, "l_steps": 200}
-WAYS = ("lc", "lc from half way", "once", "straight-through")
+WAYS = ("lc", "once", "straight-through")
 
 
 class Rounded(nn.Module):
@@ -91,8 +87,6 @@ def compressed(start: Start, epochs: int, scheme: Scheme, way: str) -> TaskModul
     module = start.module()
     if way == "lc":
         return fit(module, start, [CondensaCallback(scheme)], epochs)
-    if way == "lc from half way":
-        return fit(module, start, [CondensaCallback(scheme, schedule=HALF_WAY)], epochs)
     if way == "once":
         return fit(module, start, [DirectCompression(scheme)], epochs)
     layers = {t.name.rpartition(".")[0] for t in scheme.select(module)}

@@ -24,7 +24,6 @@ OTHERS = {
 }
 WAYS = {
     "lc": "L-C",
-    "lc from half way": "L-C from half way",
     "once": "rounded once",
     "straight-through": "straight-through",
 }

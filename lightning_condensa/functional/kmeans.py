@@ -104,11 +104,41 @@ def nearest(values: Tensor, centroids: Tensor) -> Tensor:
     if table.ndim != 1 or not len(table) or not (table[:-1] <= table[1:]).all():
         given = f"centroids of shape {table.shape}"
         raise ValueError(f"{given}: they must be one row of at least one number, ascending")
-    k = len(table)
+    return cells(values, middles(torch.from_numpy(table)))
+
+
+def middles(centroids: Tensor) -> Tensor:
+    """Where the nearest of ascending centroids changes, in double precision.
+
+    Example:
+        >>> middles(torch.tensor([0.0, 1.0, 4.0]))
+        tensor([0.5000, 2.5000], dtype=torch.float64)
+    """
+    wide = centroids.detach().to("cpu", torch.float64)
+    return (wide[:-1] + wide[1:]) / 2
+
+
+def cells(values: Tensor, borders: Tensor) -> Tensor:
+    """How many borders lie below each value.
+
+    Args:
+        values: Numbers of any shape.
+        borders: Ascending, in double precision, on any device.
+
+    Returns:
+        Indices in the shape and on the device of ``values``: uint8 for up to 255 borders, int16
+        for fewer than 2¹⁵, else int32.
+
+    Example:
+        >>> cells(torch.tensor([-3.0, 0.5, 7.0]), torch.tensor([0.5, 2.5], dtype=torch.float64))
+        tensor([0, 0, 2], dtype=torch.uint8)
+    """
+    k = len(borders) + 1
     dtype = torch.uint8 if k <= 256 else torch.int16 if k <= 2**15 else torch.int32
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-    borders = _middle(table[:-1], table[1:])
-    bounds = torch.from_numpy(borders if wide == torch.float64 else _rounded_down(borders))
+    bounds = borders.detach().cpu()
+    if wide == torch.float32:
+        bounds = torch.from_numpy(_rounded_down(bounds.numpy()))
     bounds = bounds.to(values.device)
     flat = values.detach().reshape(-1)
     index = torch.empty(flat.shape, dtype=dtype, device=values.device)
@@ -116,6 +146,27 @@ def nearest(values: Tensor, centroids: Tensor) -> Tensor:
     for piece, out in zip(torch.split(flat, length), torch.split(index, length), strict=True):
         out.copy_(torch.bucketize(piece.to(wide), bounds, out_int32=True))
     return index.view(values.shape)
+
+
+def cell_means(values: Tensor, borders: Tensor) -> Tensor:
+    """The mean of the values in each cell: the centroids of least error that keep them apart.
+
+    Args:
+        values: Finite numbers of any shape, on any device; they are rounded to float32 first.
+        borders: Ascending, in double precision.
+
+    Returns:
+        float32 ``(len(borders) + 1,)``, on the device of ``values``; 0 for a cell without values.
+
+    Example:
+        >>> cell_means(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([4.0, 9.0]).double())
+        tensor([2., 8., 0.])
+    """
+    ordered, cuts = _sorted(values), borders.detach().cpu().numpy()
+    inner = np.searchsorted(ordered, _rounded_down(cuts), side="right")
+    means = _means(ordered, np.concatenate([[0], inner, [len(ordered)]]))
+    single = np.nan_to_num(means).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
+    return torch.from_numpy(single).to(values.device)
 
 
 def _sorted(values: Tensor) -> _Singles:

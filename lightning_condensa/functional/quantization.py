@@ -82,6 +82,58 @@ def grid_scale(rows: Tensor, low: int, high: int, ranks: Ranks | None = None) ->
     return best
 
 
+def held_scale(
+    rows: Tensor, thresholds: Tensor, ranks: Ranks | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes −1, 0 and 1 of each row by a given threshold, and the scale that is best for them.
+
+    Args:
+        rows: ``(rows, size)``.
+        thresholds: ``(rows, 1)``, of magnitudes, in units of the root mean square of the row.
+        ranks: See :func:`grid_scale`.
+
+    Returns:
+        int8 codes ``(rows, size)`` and float32 scales ``(rows, 1)``, the mean magnitude of what is
+        above the threshold; 1 for rows of zeros.
+
+    Example:
+        >>> held_scale(torch.tensor([[3.0, 0.0, -4.0, 0.0]]), torch.tensor([[0.5]]))
+        (tensor([[ 1,  0, -1,  0]], dtype=torch.int8), tensor([[3.5000]]))
+    """
+    threshold = thresholds * root_mean_square(rows, ranks)
+    codes = (rows > threshold).to(torch.int8) - (rows < -threshold).to(torch.int8)
+    return codes, mean_scale(rows * codes.abs(), codes.abs().sum(1, keepdim=True), ranks)
+
+
+def threshold_of(rows: Tensor, scale: Tensor, ranks: Ranks | None = None) -> Tensor:
+    """What :func:`held_scale` takes, where codes −1, 0 and 1 times a scale are the nearest.
+
+    Args:
+        rows: ``(rows, size)``.
+        scale: ``(rows, 1)``, positive.
+        ranks: See :func:`grid_scale`.
+
+    Returns:
+        ``(rows, 1)``; ½ for rows of zeros.
+
+    Example:
+        >>> threshold_of(torch.tensor([[3.0, 0.0, -3.0, 0.0]]), torch.tensor([[3.0]]))
+        tensor([[0.7071]])
+    """
+    unit = root_mean_square(rows, ranks)
+    shown = unit > torch.finfo(torch.float32).tiny
+    return torch.where(shown, scale / (2 * unit), torch.full_like(unit, 0.5))
+
+
+def root_mean_square(rows: Tensor, ranks: Ranks | None = None) -> Tensor:
+    """Root mean square of each row, float32 ``(rows, 1)``; see :func:`grid_scale` for ``ranks``."""
+    ranks = ranks or Ranks()
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    squares = ranks.sum(norms.square())
+    sizes = ranks.sum(torch.full_like(squares, rows.shape[1]))
+    return (squares / sizes.clamp_min(1)).sqrt().to(torch.float32)
+
+
 def _shrinks(high: int) -> Sequence[float]:
     """Shares of the covering scale to try."""
     if high > 15:

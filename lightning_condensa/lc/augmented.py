@@ -58,6 +58,7 @@ class Augmented(Engine):
         parameters: Parameters,
         bound: BoundScheme,
         strength: float,
+        rounding: float,
         optimizers: Iterable[Optimizer],
     ) -> dict[str, Encoding]:
         """``θ ← Π(w − λ/μ)``, ``λ ← λ − μ(w − Δ(θ))``, ``μ ← strength``."""

@@ -59,6 +59,7 @@ class Engine(ABC):
         parameters: Parameters,
         bound: BoundScheme,
         strength: float,
+        rounding: float,
         optimizers: Iterable[Optimizer],
     ) -> dict[str, Encoding]:
         """Project; returns θ.
@@ -67,6 +68,7 @@ class Engine(ABC):
             parameters: The compressed parameters by name.
             bound: The scheme to project onto.
             strength: Of the penalty in the L-step that begins.
+            rounding: How far rounded weights then are on the way to Δ(θ).
             optimizers: All that train the network.
         """
 

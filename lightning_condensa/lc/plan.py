@@ -14,8 +14,8 @@ class Plan:
     Attributes:
         c_steps: How many optimizer steps precede each C-step; the first is 0, before training.
         progress: Position of each C-step on the ramp from dense (0) to the scheme (1).
-        strength: Of the pull on w in the L-step after each C-step: μ where it is a gradient; else
-            how far projected values are on the way from their latent weight to Δ(θ).
+        strength: Of the pull on w at and after each C-step: μ where it is a gradient; else the
+            share of the way to Δ(θ) that a weight is moved.
         proximal: Whether w is kept to θ beside the optimizer's steps; else ``μ(w − Δ(θ)) − λ`` is
             added to the gradient before them.
         finetune_from: Optimizer steps after which the support stays as it is; ``None`` for never.
@@ -25,6 +25,8 @@ class Plan:
         lr_exponent: The learning rate counts ``density^(−lr_exponent)`` times.
         reset_optimizer: Whether the optimizer's state is forgotten at each C-step.
         learning_rate: Learning rate by optimizer step, or ``None``: the user's own.
+        rounding: How far rounded weights are on the way from their latent ones to Δ(θ) after each
+            C-step (proximal only); empty: as ``strength``.
     """
 
     c_steps: tuple[int, ...]
@@ -38,6 +40,7 @@ class Plan:
     lr_exponent: float = 0.0
     reset_optimizer: bool = False
     learning_rate: Callable[[int], float] | None = None
+    rounding: tuple[float, ...] = ()
 
     @property
     def l_end(self) -> int:

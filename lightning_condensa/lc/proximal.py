@@ -43,6 +43,7 @@ from lightning_condensa.lc.effects import Effects
 from lightning_condensa.lc.engine import Engine, Parameters
 from lightning_condensa.lc.importance import Importance
 from lightning_condensa.schemes import BoundScheme, Encoding
+from lightning_condensa.schemes.bound import boundaries_of
 
 #: Names of optimizers' state in torch.
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
@@ -67,6 +68,7 @@ class Proximal(Engine):
         self._fixed = False
         self._stray: bool | None = None  # whether the optimizers move what is pruned, once known
         self._factors: dict[str, Tensor] = {}
+        self._boundaries: dict[str, Tensor] = {}
         self._offsets: dict[str, Tensor] = {}
         # From a C-step to the L-step that it begins.
         self._next_offsets: dict[str, Tensor] = {}
@@ -116,6 +118,7 @@ class Proximal(Engine):
         parameters: Parameters,
         bound: BoundScheme,
         strength: float,
+        rounding: float,
         optimizers: Iterable[Optimizer],
     ) -> dict[str, Encoding]:
         """θ ← Π(w) in the metric of the gradients, or on the support once that is fixed."""
@@ -126,15 +129,17 @@ class Proximal(Engine):
             theta = self.project(latent, bound)
         else:
             metric = self._importance.weigh(parameters)
-            theta = bound.pi(latent, metric, self._effects.take())
+            theta = bound.pi(latent, metric, self._effects.take(), self._boundaries)
             support = {n: local(e.mask) for n, e in theta.items() if e.mask is not None}
             self._keep(support, parameters)
+        if self._fixed or not bound.prunes:
+            self._boundaries = boundaries_of(theta)
         values = {n: local(theta[n].decode()) for n in dict.fromkeys((*bound.moved, *bound.latent))}
         start = {n: local(latent[n].detach()) for n in values}
         goals = values | self._goals_before_rounding(latent, bound)
         self._moves = {n: (goals[n] - start[n]).mul_(strength) for n in bound.moved}
         start |= {n: start[n] + move for n, move in self._moves.items()}
-        self._next_offsets = {n: (values[n] - start[n]).mul_(strength) for n in bound.latent}
+        self._next_offsets = {n: (values[n] - start[n]).mul_(rounding) for n in bound.latent}
         return theta
 
     def _goals_before_rounding(self, latent: Parameters, bound: BoundScheme) -> dict[str, Tensor]:
@@ -171,9 +176,9 @@ class Proximal(Engine):
     def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoding]:
         """Π(w); on the support once that is fixed."""
         if not self._fixed:
-            return bound.pi(parameters)
+            return bound.pi(parameters, boundaries=self._boundaries)
         masks = {n: like(f == 1, parameters[n]) for n, f in self._factors.items()}
-        return bound.pi_on_support(parameters, masks)
+        return bound.pi_on_support(parameters, masks, self._boundaries)
 
     def state_dict(self, parameters: Parameters) -> dict[str, Any]:
         """Supports, offsets, rates, and the gradients that were seen."""
@@ -184,6 +189,7 @@ class Proximal(Engine):
             "stray": self._stray,
             "support": {n: like(f == 1, p[n]) for n, f in self._factors.items()},
             "offsets": {n: like(o, p[n]) for n, o in self._offsets.items()},
+            "boundaries": self._boundaries,
             "importance": self._importance.state_dict(p),
             "effects": self._effects.state_dict(),
         }
@@ -194,6 +200,7 @@ class Proximal(Engine):
         self._fixed, self._stray = state["fixed"], state["stray"]
         self._keep(parts(state["support"], parameters), parameters)
         self._offsets = parts(state["offsets"], parameters)
+        self._boundaries = dict(state["boundaries"])
         self._importance.load_state_dict(state["importance"], parameters)
         self._effects.load_state_dict(state["effects"], parameters)
 

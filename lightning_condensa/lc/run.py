@@ -38,7 +38,8 @@ class CStep:
         theta: The new θ.
         density: Non-zero values in θ for each element of the weights.
         value_bytes: Of the surviving values and their scales, the paper's count.
-        strength: Of the penalty in the L-step that begins: μ, or the rate of a proximal one.
+        strength: Of the penalty in the L-step that begins: μ; or how far values are on the way to
+            what the scheme makes of them.
         gap: ‖w − Δ(θ)‖ / ‖Δ(θ)‖, with w as the L-step left it.
         lr_factor: On the learning rate of the optimizer steps that follow.
         seconds: Wall-clock time.
@@ -182,7 +183,8 @@ class LCRun:
         progress = self._head_start + (1 - self._head_start) * self.plan.progress[index]
         self._progress = max(self._progress, progress)  # where a resumed run became longer
         bound, strength = self.bound.relaxed(self._progress), self.plan.strength[index]
-        theta = self._engine.c_step(self.parameters, bound, strength, optimizers)
+        rounding = (self.plan.rounding or self.plan.strength)[index]
+        theta = self._engine.c_step(self.parameters, bound, strength, rounding, optimizers)
         leaves = {n: e.leaves for n, e in theta.items()}
         kept = _nonzeros(leaves)
         self.density = _density(theta, kept, [n for n, e in theta.items() if e.mask is not None])
@@ -193,7 +195,7 @@ class LCRun:
             theta=theta,
             density=_density(theta, kept, theta),
             value_bytes=bits / 8,
-            strength=strength,
+            strength=rounding if bound.latent else strength,
             gap=self._gap(theta),
             lr_factor=self.lr_factor,
             seconds=time.perf_counter() - started,

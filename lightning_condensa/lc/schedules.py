@@ -43,9 +43,10 @@ class LCSchedule(Schedule):
         l_steps: L-steps in the L-C phase, evenly spread.
         every_n_steps: Optimizer steps from one C-step to the next, instead of ``l_steps``.
         every_n_epochs: Epochs from one C-step to the next, instead of ``l_steps``.
-        rate_start: How far the values of kept weights are on the way to what the scheme makes of
-            them (rounds them to) in the first L-step, in [0, 1].
-        rate_end: The same in the last one; it grows linearly.
+        rate_start: How far weights are on the way to what the scheme rounds them to in the first
+            L-step, in [0, 1]; ``None`` for a half, or 0 where it prunes too. Weights that are moved
+            instead (low rank) begin at 0.
+        rate_end: The same in the last one, for both; it grows linearly.
         prune_rate: Rate for weights that are pruned; at 1 they are zero at once and stay out.
         ramp: Share of the L-C phase over which the density falls from dense to the scheme's.
         shape: Of that fall: a power, the one of a
@@ -62,7 +63,7 @@ class LCSchedule(Schedule):
     l_steps: int = 60
     every_n_steps: int | None = None
     every_n_epochs: int | None = None
-    rate_start: float = 0.0
+    rate_start: float | None = None
     rate_end: float = 1.0
     prune_rate: float = 1.0
     ramp: float = 1.0
@@ -85,7 +86,9 @@ class LCSchedule(Schedule):
                 f"got {self.every_n_steps} and {self.every_n_epochs}"
             )
         check_range("prune_rate", self.prune_rate, 0, 1, open_low=True)
-        for name in ("rate_start", "rate_end", "ramp", "finetune", "lr_exponent"):
+        if self.rate_start is not None:
+            check_range("rate_start", self.rate_start, 0, 1)
+        for name in ("rate_end", "ramp", "finetune", "lr_exponent"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("importance", self.importance, 0, 2)
         as_ramp(self.shape)
@@ -109,16 +112,18 @@ class LCSchedule(Schedule):
             c_steps = (*c_steps, *range(l_end + interval, total_steps, interval), total_steps)
         ramp, ramp_steps = as_ramp(self.shape), self.ramp * l_steps
         last = max(len(c_steps) - 2, 1)  # the last C-step ends the run: no L-step follows
-        growth = self.rate_end - self.rate_start
+        done = [min(i / last, 1.0) for i in range(len(c_steps))]
+        start = self.rate_start
+        if start is None:
+            start = 0.0 if prunes else min(0.5, self.rate_end)
         return Plan(
             c_steps=c_steps,
             progress=tuple(
                 min(max(ramp(i / ramp_steps), 0.0), 1.0) if i < ramp_steps else 1.0
                 for i in range(len(c_steps))
             ),
-            strength=tuple(
-                self.rate_start + growth * min(i / last, 1.0) for i in range(len(c_steps))
-            ),
+            strength=tuple(self.rate_end * share for share in done),
+            rounding=tuple(start + (self.rate_end - start) * share for share in done),
             proximal=True,
             finetune_from=l_end if prunes else None,
             prune_rate=self.prune_rate,

@@ -77,6 +77,7 @@ class BoundScheme:
         weights: Mapping[str, Tensor],
         metric: Mapping[str, Tensor] | None = None,
         effects: Sequence[Mapping[str, Tensor]] = (),
+        boundaries: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Encoding]:
         """Π: compress.
 
@@ -90,6 +91,8 @@ class BoundScheme:
                 prune judge ``weight · metric`` instead of the weight. Names may be missing.
             effects: For each stage what the loss would feel of the removal of its groups, by
                 target, for stages that judge by it (:meth:`Scheme.effects`); empty if not known.
+            boundaries: Of an earlier θ (:func:`boundaries_of`), to be kept: stages that round then
+                only choose the values between them anew. Names may be missing.
 
         Returns:
             θ, an encoding for each name.
@@ -97,7 +100,7 @@ class BoundScheme:
         Raises:
             NotFiniteError: If a weight is not finite.
         """
-        theta = self._dense(weights)
+        theta = self._dense(weights, boundaries)
         for index, (stage, targets) in enumerate(self.stages):
             own = effects[index] if effects else {}
             if (metric or own) and stage.order == PRUNE:
@@ -107,7 +110,10 @@ class BoundScheme:
         return theta
 
     def pi_on_support(
-        self, weights: Mapping[str, Tensor], support: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Tensor],
+        support: Mapping[str, Tensor],
+        boundaries: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Encoding]:
         """Π where it is settled what is pruned.
 
@@ -115,17 +121,25 @@ class BoundScheme:
             weights: The tensors called :attr:`names`; others are ignored.
             support: Boolean tensors, true where an element is kept; a name that is missing is not
                 pruned.
+            boundaries: See :meth:`pi`.
         """
-        theta = self._dense(weights)
+        theta = self._dense(weights, boundaries)
         for name, mask in support.items():
-            theta[name] = Encoded.dense(weights[name].detach()).masked(mask)
+            (leaf,) = theta[name].leaves
+            theta[name] = leaf.masked(mask)
         for stage, targets in self.stages:
             if stage.order != PRUNE:
                 theta.update(staged(stage, targets, theta))
         return theta
 
-    def _dense(self, weights: Mapping[str, Tensor]) -> dict[str, Encoding]:
-        return {name: Encoded.dense(weights[name].detach()) for name in self.names}
+    def _dense(
+        self, weights: Mapping[str, Tensor], boundaries: Mapping[str, Tensor] | None
+    ) -> dict[str, Encoding]:
+        kept = boundaries or {}
+        return {
+            name: Encoded.dense(weights[name].detach()).replace(boundaries=kept.get(name))
+            for name in self.names
+        }
 
     def delta(self, theta: Mapping[str, Encoding]) -> dict[str, Tensor]:
         """Δ: decompress to dense tensors."""
@@ -142,6 +156,15 @@ class BoundScheme:
             return self
         stages = tuple((stage.relaxed(progress), targets) for stage, targets in self.stages)
         return replace(self, stages=stages)
+
+
+def boundaries_of(theta: Mapping[str, Encoding]) -> dict[str, Tensor]:
+    """Where rounding turned from one value to the next, of the weights of which that is known.
+
+    Factors and sums have none: they are found anew each time.
+    """
+    single = {name: e.leaves[0] for name, e in theta.items() if len(e.leaves) == 1}
+    return {n: leaf.boundaries for n, leaf in single.items() if leaf.boundaries is not None}
 
 
 def staged(

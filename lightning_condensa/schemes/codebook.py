@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.functional.bits import dtype_bits
-from lightning_condensa.functional.kmeans import kmeans_1d, nearest
+from lightning_condensa.functional.kmeans import cell_means, cells, kmeans_1d, middles
+from lightning_condensa.functional.norms import norm
 from lightning_condensa.functional.placement import elementwise, whole
 from lightning_condensa.schemes.base import Scheme
 from lightning_condensa.schemes.bound import QUANTIZE
@@ -29,6 +31,7 @@ class Codebook(Scheme):
     The values minimize the squared error: they are the optimal centroids of one-dimensional k-means
     (Han et al. 2016, arXiv:1510.00149; Carreira-Perpiñán & Idelbayev 2017, arXiv:1707.04319),
     exact for small tensors. A packed file stores ``log2 k`` bits for each weight that is kept.
+    Given the boundaries of an earlier θ, weights stay apart there, and the values are their means.
 
     A DTensor is made whole on every process to find its values.
 
@@ -65,23 +68,38 @@ class Codebook(Scheme):
         """Replace each weight by the nearest entry of its codebook."""
         require_finite({t.name: theta[t.name].codes for t in targets})
         if self.scope == "layer":
-            return {t.name: self._rounded(theta[t.name], self._book([t], theta)) for t in targets}
-        book = self._book(targets, theta)
-        changed = {t.name: self._rounded(theta[t.name], book) for t in targets}
+            return {t.name: self._rounded(theta[t.name], *self._book([t], theta)) for t in targets}
+        book, borders, boundaries = self._book(targets, theta)
+        changed = {t.name: self._rounded(theta[t.name], book, borders, boundaries) for t in targets}
         for target in targets[1:]:  # the table is stored once
             changed[target.name] = changed[target.name].replace(table_bits=0)
         return changed
 
-    def _book(self, targets: Sequence[Target], theta: Mapping[str, Encoded]) -> Tensor:
-        """The entries that fit what is kept of some tensors."""
+    def _book(
+        self, targets: Sequence[Target], theta: Mapping[str, Encoded]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries that fit what is kept of some tensors, and where one turns into the next.
+
+        The boundaries are given as they are, and in units of the root mean square.
+        """
         assert isinstance(self.k, int)
         kept = []
         for encoded in (theta[t.name] for t in targets):
             values = whole(encoded.codes)
             kept.append(values.flatten() if encoded.mask is None else values[whole(encoded.mask)])
-        return kmeans_1d(torch.cat(kept), self.k)
+        values = torch.cat(kept)
+        unit = norm([values]) / math.sqrt(max(values.numel(), 1)) or 1.0
+        held = theta[targets[0].name].boundaries
+        if held is None:
+            book = kmeans_1d(values, self.k)
+            borders = middles(book)
+            return book, borders, borders / unit
+        borders = held.cpu() * unit
+        return cell_means(values, borders), borders, held
 
-    def _rounded(self, encoded: Encoded, book: Tensor) -> Encoded:
+    def _rounded(
+        self, encoded: Encoded, book: Tensor, borders: Tensor, boundaries: Tensor
+    ) -> Encoded:
         assert isinstance(self.k, int)
         if len(book) == 0:
             return encoded
@@ -89,7 +107,7 @@ class Codebook(Scheme):
         def replaced(values: Tensor) -> Tensor:
             entries = book.to(values.device, values.dtype)
             # A zero has one bit pattern.
-            return entries[nearest(values, book.to(values.device)).long()].add_(0.0)
+            return entries[cells(values, borders).long()].add_(0.0)
 
         rounded = encoded.replace(codes=elementwise(replaced, encoded.codes))
         if encoded.mask is not None:
@@ -97,4 +115,5 @@ class Codebook(Scheme):
         return rounded.replace(
             bits=max((self.k - 1).bit_length(), 1),
             table_bits=self.k * dtype_bits(encoded.dtype),
+            boundaries=boundaries,
         )

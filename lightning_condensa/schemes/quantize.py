@@ -12,15 +12,26 @@ from torch import Tensor
 
 from lightning_condensa.functional.grouping import Blocks, Rows
 from lightning_condensa.functional.masks import numbers
-from lightning_condensa.functional.placement import elementwise, like, local, placed, shrunk, where
+from lightning_condensa.functional.placement import (
+    elementwise,
+    like,
+    local,
+    part,
+    placed,
+    shrunk,
+    where,
+    whole,
+)
 from lightning_condensa.functional.quantization import (
     cast,
     float_codes,
     grid_scale,
+    held_scale,
     integer_codes,
     mean_scale,
     power_scale,
     sign_codes,
+    threshold_of,
 )
 from lightning_condensa.functional.ranks import Ranks
 from lightning_condensa.schemes.base import Scheme
@@ -45,7 +56,8 @@ class Quantize(Scheme):
     * ``"float8_e4m3fn"``: rounded to nearest, times a power of two.
     * ``"int8"``, ``"int4"``, ``"int2"``: a grid of integers times a scale that nearly minimizes the
       squared error. Symmetric, ``−(2^(b−1) − 1) … 2^(b−1) − 1``, or with one more code on one side.
-    * ``"ternary"``: ``{−1, 0, 1}`` times such a scale.
+    * ``"ternary"``: ``{−1, 0, 1}`` times such a scale. Given the boundaries of an earlier θ, and so
+      for a symmetric ``"int2"``, weights keep their threshold, and the scale is the best for it.
     * ``"binary"``: the sign times the mean magnitude of what is not pruned (Rastegari et al. 2016,
       arXiv:1603.05279): the nearest, and a weight that is zero without being pruned gets a sign.
 
@@ -108,18 +120,39 @@ class Quantize(Scheme):
         if encoded.mask is not None and self.dtype == "binary":
             mask = local(placed(encoded.mask, encoded.codes))
             sizes = view.split(numbers(mask, torch.float32))[0].sum(1, keepdim=True)
-        codes, scale = self._round(rows, sizes, self._cut(target, encoded.codes))
+        ranks = self._cut(target, encoded.codes)
+        boundaries = encoded.boundaries if self._has_threshold else None
+        if boundaries is not None:
+            own = _cut_like(boundaries.to(rows.device), encoded.codes)
+            codes, scale = held_scale(rows, own.reshape(-1, 1), ranks)
+        else:
+            codes, scale = self._round(rows, sizes, ranks)
+        if self._has_threshold and boundaries is None:
+            threshold = threshold_of(rows, scale, ranks)
+            boundaries = whole(self._placed(threshold, target, view, encoded.codes))
         joined = like(view.join(codes, weight.shape), encoded.codes)
         if encoded.mask is not None:  # a sign is never zero
             joined = where(encoded.mask, joined)
-        scale = scale.view(view.grid(weight.shape))
-        if self.group is None:
-            dims = {target.channel_dim} if self.granularity == "channel" else set()
-            scale = shrunk(scale, encoded.codes, dims)
-        else:
-            scale = like(scale, encoded.codes, torch.Size(view.grid(encoded.codes.shape)))
-        bits = (INTEGERS | SIGNS).get(self.dtype)
-        return encoded.replace(codes=joined, scale=scale, group=self.group, bits=bits)
+        return encoded.replace(
+            codes=joined,
+            scale=self._placed(scale, target, view, encoded.codes),
+            group=self.group,
+            bits=(INTEGERS | SIGNS).get(self.dtype),
+            boundaries=boundaries,
+        )
+
+    @property
+    def _has_threshold(self) -> bool:
+        """Whether its codes are −1, 0 and 1, so that one threshold decides between them."""
+        return self.dtype == "ternary" or (self.dtype == "int2" and self.symmetric)
+
+    def _placed(self, scales: Tensor, target: Target, view: Rows | Blocks, codes: Tensor) -> Tensor:
+        """One number for each row of this process, placed to broadcast with the codes."""
+        scales = scales.view(view.grid(local(codes).shape))
+        if self.group is not None:
+            return like(scales, codes, torch.Size(view.grid(codes.shape)))
+        dims = {target.channel_dim} if self.granularity == "channel" else set()
+        return shrunk(scales, codes, dims)
 
     def _round(self, rows: Tensor, sizes: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Codes, and scales ``(rows, 1)``, of rows that share a scale each."""
@@ -160,3 +193,11 @@ class Quantize(Scheme):
                 f"{target.name} is sharded along them: use 'channel', or exclude it"
             )
         return Ranks()
+
+
+def _cut_like(full: Tensor, codes: Tensor) -> Tensor:
+    """This process's part of numbers for rows of the whole codes."""
+    for dim, extent in enumerate(full.shape):
+        if extent > 1:
+            full = part(full, codes, dim)
+    return full

@@ -50,6 +50,7 @@ from lightning_condensa.schemes import (
     Quantize,
     Scheme,
 )
+from lightning_condensa.schemes.bound import boundaries_of
 
 Layout = tuple[DeviceMesh, Sequence[Placement]]
 
@@ -247,6 +248,7 @@ SCHEMES: dict[str, Scheme] = {
     "int4": Quantize("int4", symmetric=False),
     "float8": Quantize("float8_e4m3fn"),
     "codebook": Codebook(4),
+    "ternary by tensor": Quantize("ternary", granularity="tensor"),
     "prune, int8": Compose([Prune(0.3), Quantize("int8")]),
     "prune, ternary": Compose([Prune(0.3), Quantize("ternary")]),
     "prune, binary": Compose([Prune(0.3), Quantize("binary", granularity="tensor")]),
@@ -283,6 +285,8 @@ def check_scheme(scheme: Scheme) -> None:
     full = {n: p.detach() for n, p in module.named_parameters()}
     bound = scheme.bind(module)
     expected = bound.pi(full)
+    moved = {n: w + 0.1 * w.roll(1, 0) for n, w in full.items()}
+    held = bound.pi(moved, boundaries=boundaries_of(expected))
     for layout in (0, 1, 3, 4, 5, 7):
         weights = {n: place(w, layouts(w.dim())[layout]) for n, w in full.items()}
         if refuses(scheme, layout):
@@ -292,6 +296,11 @@ def check_scheme(scheme: Scheme) -> None:
         for name in bound.names:
             assert_same(theta[name], expected[name], weights[name])
         assert kept_by_pool(bound, theta) == kept_by_pool(bound, expected)
+        if boundaries_of(expected):
+            weights = {n: place(w, layouts(w.dim())[layout]) for n, w in moved.items()}
+            theta = bound.pi(weights, boundaries=boundaries_of(theta))
+            for name in bound.names:
+                assert_same(theta[name], held[name], weights[name])
 
 
 def case_attention_heads() -> None:
@@ -359,12 +368,14 @@ def case_scales_by_groups_of_inputs() -> None:
     torch.manual_seed(0)
     module = nn.Linear(10, 7)
     full = {n: p.detach().clone() for n, p in module.named_parameters()}
-    for dtype in ("int4", "binary", "float8_e4m3fn"):
+    for dtype in ("int4", "ternary", "binary", "float8_e4m3fn"):
         bound = Quantize(dtype, granularity="group:4").bind(module)
         expected = bound.pi(full)
+        kept = boundaries_of(expected)
         for layout in (0, 2, 3, 5, 7):
             weights = {n: place(w, layouts(w.dim())[layout]) for n, w in full.items()}
-            assert_same(bound.pi(weights)["weight"], expected["weight"], weights["weight"])
+            for theta in (bound.pi(weights), bound.pi(weights, boundaries=kept)):
+                assert_same(theta["weight"], expected["weight"], weights["weight"])
         along_inputs = {n: place(w, layouts(w.dim())[1]) for n, w in full.items()}
         raises(ValueError, "needs whole rows of inputs", lambda b=bound, w=along_inputs: b.pi(w))
 

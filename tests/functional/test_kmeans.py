@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_condensa.functional import kmeans
-from lightning_condensa.functional.kmeans import kmeans_1d, nearest
+from lightning_condensa.functional.kmeans import cell_means, cells, kmeans_1d, middles, nearest
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TIED = st.integers(-4, 4).map(lambda i: i / 2)
@@ -321,3 +321,37 @@ def test_a_cluster_that_loses_its_values_keeps_its_centroid() -> None:
 def test_values_between_two_centroids_join_the_lower_as_in_nearest() -> None:
     ordered = np.array([0.0, 2.0, 6.0], dtype=np.float32)
     assert kmeans._lloyd(ordered, np.array([0, 1, 3])).tolist() == [1.0, 6.0]
+
+
+@given(
+    st.lists(FINITE, min_size=1, max_size=12),
+    st.lists(FINITE, max_size=5).map(sorted),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=300, deadline=None)
+def test_cells_and_their_means(
+    values: list[float], borders: list[float], dtype: torch.dtype
+) -> None:
+    x, cuts = torch.tensor(values, dtype=dtype), torch.tensor(borders, dtype=torch.float64)
+    index = cells(x, cuts)
+    assert index.tolist() == [sum(border < value for border in borders) for value in values]
+    means = cell_means(x, cuts)
+    assert means.shape == (len(borders) + 1,)
+    for cell, mean in enumerate(means.tolist()):
+        inside = [Fraction(v) for v, i in zip(values, index.tolist(), strict=True) if i == cell]
+        if inside:
+            exact = sum(inside) / len(inside)
+            slack = max(map(abs, inside)) * Fraction(2) ** -23 + Fraction(2) ** -149
+            assert abs(Fraction(mean) - exact) <= slack
+        else:
+            assert mean == 0
+    # The means are in their own cells: rounding to them again changes nothing.
+    rounded = means[index.long()]
+    assert torch.equal(cells(rounded, cuts), index)
+
+
+def test_means_of_the_cells_of_an_optimum_are_the_optimum() -> None:
+    values = sample("cubes", 5000)
+    centroids = kmeans_1d(values, 7)
+    again = cell_means(values, middles(centroids))
+    torch.testing.assert_close(again, centroids, rtol=1e-3, atol=1e-4)

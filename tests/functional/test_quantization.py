@@ -13,10 +13,12 @@ from lightning_condensa.functional.quantization import (
     cast,
     float_codes,
     grid_scale,
+    held_scale,
     integer_codes,
     mean_scale,
     power_scale,
     sign_codes,
+    threshold_of,
 )
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -171,6 +173,37 @@ def test_rounding_few_bits_again_changes_nothing(row: list[float], grid: tuple[i
 
     once = decoded(rows)
     assert torch.equal(decoded(once), once)
+
+
+@given(ROWS, st.sampled_from([0.25, 1.0, 8.0]))
+@settings(max_examples=300, deadline=None)
+def test_a_threshold_that_is_held(row: list[float], factor: float) -> None:
+    rows = torch.tensor([row])
+    scale = grid_scale(rows, -1, 1)
+    threshold = threshold_of(rows, scale)
+    codes, held = held_scale(factor * rows, threshold)
+    expected = integer_codes(rows, scale, -1, 1)
+    border = scale.double() / 2
+    clear = ((rows.double().abs() - border).abs() > 1e-5 * border) | (rows == 0)
+    if rows.abs().max() > 1e-30:
+        assert torch.equal(codes[clear], expected[clear])
+    chosen = rows[codes != 0].double().abs()
+    if len(chosen) and chosen.mean() > 1e-30:
+        # For given codes the mean magnitude is the scale of least error.
+        assert held.item() == pytest.approx(factor * chosen.mean().item(), rel=1e-5)
+    else:
+        assert not codes.any() or held.item() == pytest.approx(factor * scale.item())
+
+
+def test_a_threshold_of_zeros_lets_weights_come_back() -> None:
+    zeros = torch.zeros(1, 4)
+    threshold = threshold_of(zeros, grid_scale(zeros, -1, 1))
+    codes, scale = held_scale(torch.tensor([[0.0, 3.0, -3.0, 0.1]]), threshold)
+    assert codes.tolist() == [[0, 1, -1, 0]]
+    assert scale.item() == 3
+    codes, scale = held_scale(zeros, threshold)
+    assert not codes.any()
+    assert scale.item() == 1
 
 
 @given(ROWS)

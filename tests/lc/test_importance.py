@@ -37,11 +37,13 @@ class Recorded(Training):
         run, test = super().new_run(), self
 
         class Bound(type(run.bound)):  # type: ignore[misc]
-            def pi(self, weights: Any, metric: Any = None, effects: Any = ()) -> Any:
+            def pi(
+                self, weights: Any, metric: Any = None, effects: Any = (), boundaries: Any = None
+            ) -> Any:
                 if metric is not None:
                     copies = {n: weights[n].detach().clone() for n in self.names}
                     test.at_c_steps.append(copies)
-                return super().pi(weights, metric, effects)
+                return super().pi(weights, metric, effects, boundaries)
 
         run.bound = Bound(run.bound.scheme, run.bound.stages, run.bound.names)
         return run

@@ -86,7 +86,8 @@ def test_training_recovers_what_truncation_loses(scheme: Scheme, gain: float, le
 
 @pytest.mark.parametrize("scheme", [LowRank(rank=2), LowRank(density=0.4), SUM], ids=str)
 def test_weights_are_moved_part_of_the_way_at_each_c_step(scheme: Scheme) -> None:
-    train = training(scheme, LCSchedule(l_steps=8, rate_start=0.25))
+    train = training(scheme, LCSchedule(l_steps=8))
+    assert (train.plan.strength[0], train.plan.strength[-1]) == (0, 1)
     train.start()
     network, x, y = train.problem.network, train.problem.x, train.problem.y  # type: ignore[union-attr]
     while train.run.step < train.steps:
@@ -105,16 +106,21 @@ def test_weights_are_moved_part_of_the_way_at_each_c_step(scheme: Scheme) -> Non
     assert c_step is not None
     assert c_step.strength == 1
     for name, encoded in train.run.finish().items():
-        torch.testing.assert_close(train.weights[name].detach(), encoded.decode())
+        # A sum is found anew, to within what another sweep would gain.
+        torch.testing.assert_close(
+            train.weights[name].detach(), encoded.decode(), atol=1e-4, rtol=1e-3
+        )
 
 
 def test_what_is_rounded_as_well_keeps_a_latent_weight_of_low_rank() -> None:
     scheme = Compose([LowRank(rank=2), Quantize("int8")])
-    train = training(scheme, LCSchedule(l_steps=8, ramp=0.0, rate_start=1.0))
+    train = training(scheme, LCSchedule(l_steps=1, ramp=0.0, rate_start=1.0))
+    train.optimizer.param_groups[0]["lr"] = 0.0
     low = LowRank(rank=2).bind(train.problem.network).pi(train.weights)
-    train.start()
+    for _ in train.all():
+        pass
     latent = train.run.latent(train.weights)
-    for name, encoded in train.c_steps[0].theta.items():
+    for name, encoded in train.c_steps[-1].theta.items():
         torch.testing.assert_close(train.weights[name].detach(), encoded.decode())
         torch.testing.assert_close(latent[name], low[name].decode())
 
@@ -177,9 +183,12 @@ def test_beside_pruned_layers_only_these_are_sparse() -> None:
         (LowRank(energy=0.7), LCSchedule(l_steps=5)),
         (SUM, LCSchedule(l_steps=5)),
         (Compose([LowRank(rank=2), Quantize("int8")]), LCSchedule(l_steps=5)),
+        (Compose([LowRank(rank=2), Quantize("ternary")]), LCSchedule(l_steps=5)),
+        (Codebook(2), LCSchedule(l_steps=5)),
+        (Compose([Prune(0.5), Codebook(2)]), LCSchedule(l_steps=5)),
         (SUM, PaperSchedule(steps=4, mu_init=0.1)),
     ],
-    ids=["low rank", "energy", "sum", "rounded", "paper"],
+    ids=["low rank", "energy", "sum", "rounded", "ternary", "codebook", "pruned", "paper"],
 )
 def test_state_continues_bit_for_bit(scheme: Scheme, schedule: Schedule) -> None:
     steps = 20

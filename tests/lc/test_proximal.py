@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 
-from lightning_condensa import Compose, NeuronPrune, Prune, Quantize, Scheme
+from lightning_condensa import Codebook, Compose, NeuronPrune, Prune, Quantize, Scheme
 from lightning_condensa.lc import CStep, LCRun, LCSchedule
+from lightning_condensa.schemes.bound import boundaries_of
 
 from .problems import Classes, Training
 
@@ -251,6 +252,29 @@ def test_values_that_are_only_pruned_are_not_moved() -> None:
             expected = expected.lerp(theta[name].decode(), 0.5)
         torch.testing.assert_close(train.weights[name][kept], expected[kept])
         assert not train.weights[name][~kept].any()
+
+
+@pytest.mark.parametrize("scheme", [Codebook(2), Quantize("ternary")], ids=["codebook", "ternary"])
+def test_boundaries_of_rounding_are_kept_from_the_first_c_step(scheme: Scheme) -> None:
+    train = training(scheme, ELEMENTWISE["sgd"], l_steps=8)
+    list(train.all())
+    first = boundaries_of(train.c_steps[0].theta)
+    assert set(first) == set(train.bound.names)
+    for c_step in train.c_steps[1:]:
+        found = boundaries_of(c_step.theta)
+        assert all(torch.equal(found[n], b) for n, b in first.items())
+    values = [c.theta["5.weight"].decode().unique() for c in train.c_steps]
+    assert not torch.equal(values[0], values[-1])  # these are free
+
+
+def test_boundaries_follow_the_weights_until_it_is_settled_which_are_pruned() -> None:
+    scheme = Compose([Prune(0.25), Codebook(3)])
+    train = training(scheme, ELEMENTWISE["sgd"], l_steps=6, finetune=0.5)
+    list(train.all())
+    end = train.plan.c_steps.index(train.plan.l_end)
+    found = [boundaries_of(c.theta)["5.weight"] for c in train.c_steps]
+    assert len({tuple(b.tolist()) for b in found[: end + 1]}) > 1
+    assert len({tuple(b.tolist()) for b in found[end + 1 :]}) == 1
 
 
 def test_theta_stays_as_it_was() -> None:

@@ -48,8 +48,10 @@ def test_every_plan_is_one_that_can_be_run(
     assert plan.c_steps[0] == 0
     assert all(a < b for a, b in pairwise(plan.c_steps))
     assert plan.c_steps[-1] <= total
-    assert len(plan.progress) == len(plan.strength) == len(plan.c_steps)
-    assert all(0 < s <= 1 for s in plan.strength)
+    assert len(plan.progress) == len(plan.c_steps)
+    for rates in (plan.strength, plan.rounding):
+        assert len(rates) == len(plan.c_steps)
+        assert all(0 <= rate <= 1 for rate in rates)
     # The L-C phase ends with a C-step, at the scheme's own density, and not before.
     assert plan.l_end in plan.c_steps
     assert all(0 <= a <= b <= 1 for a, b in pairwise((*plan.progress, 1.0)))
@@ -132,13 +134,32 @@ def test_plans_known_by_heart(
 @given(start=rates, end=rates, total=st.integers(1, 300), projects=st.booleans())
 def test_the_rate_grows_linearly(start: float, end: float, total: int, projects: bool) -> None:
     plan = LCSchedule(rate_start=start, rate_end=end).plan(total, projects=projects)
-    of_l_steps = plan.strength[:-1]  # the last C-step has no L-step after it
-    if of_l_steps:
-        assert of_l_steps[0] == pytest.approx(start)
-    if len(of_l_steps) > 1:
-        assert of_l_steps[-1] == pytest.approx(end)
-        growth = of_l_steps[1] - of_l_steps[0]
-        assert all(b - a == pytest.approx(growth, abs=1e-9) for a, b in pairwise(of_l_steps))
+    for rates, first in ((plan.rounding, start), (plan.strength, 0)):
+        of_l_steps = rates[:-1]  # the last C-step has no L-step after it
+        if of_l_steps:
+            assert of_l_steps[0] == pytest.approx(first)
+        if len(of_l_steps) > 1:
+            assert of_l_steps[-1] == pytest.approx(end)
+            growth = of_l_steps[1] - of_l_steps[0]
+            assert all(b - a == pytest.approx(growth, abs=1e-9) for a, b in pairwise(of_l_steps))
+
+
+@pytest.mark.parametrize(
+    ("fields", "prunes", "first"),
+    [
+        ({}, False, 0.5),
+        ({}, True, 0.0),
+        ({"rate_end": 0.25}, False, 0.25),
+        ({"rate_start": 0.0}, False, 0.0),
+        ({"rate_start": 1.0}, True, 1.0),
+    ],
+)
+def test_rounding_begins_half_way_unless_weights_are_pruned_too(
+    fields: dict[str, Any], prunes: bool, first: float
+) -> None:
+    plan = LCSchedule(**fields).plan(100, prunes=prunes, projects=True)
+    assert plan.rounding[0] == first
+    assert plan.rounding[-1] == fields.get("rate_end", 1.0)
 
 
 def test_the_default_is_proximal_and_leaves_the_learning_rate_alone() -> None:

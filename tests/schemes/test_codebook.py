@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_condensa import Choice, Codebook, Compose, Prune, Scheme, load_compressed
+from lightning_condensa import (
+    Choice,
+    Codebook,
+    Compose,
+    LowRank,
+    Prune,
+    Quantize,
+    Scheme,
+    load_compressed,
+)
 from lightning_condensa.deploy import CompressedModel
 from lightning_condensa.schemes import NotFiniteError
+from lightning_condensa.schemes.bound import boundaries_of
 
 from .networks import filled, pi
 
@@ -115,3 +125,60 @@ def test_a_search_dimension() -> None:
     scheme = Codebook(Choice([2, 16]))
     assert list(scheme.space()) == ["k"]
     assert scheme.at({"k": 2}) == Codebook(2)
+
+
+# -- boundaries that are kept ----------------------------------------------------------------------
+
+
+def test_kept_boundaries_keep_weights_apart() -> None:
+    # 0 is nearly as well off with −1 as with 1: a little makes the best codebook change sides.
+    before, after = torch.tensor([[-1.0, 0.0, 1.01]]), torch.tensor([[-1.02, 0.0, 1.01]])
+    bound = Codebook(2).bind(nn.Linear(3, 1, bias=False))
+    theta = bound.pi({"weight": before})
+    assert theta["weight"].decode().tolist() == [pytest.approx([-0.5, -0.5, 1.01])]
+    anew = bound.pi({"weight": after})["weight"]
+    assert anew.decode().tolist() == [pytest.approx([-1.02, 0.505, 0.505])]
+    kept = bound.pi({"weight": after}, boundaries=boundaries_of(theta))["weight"]
+    assert kept.decode().tolist() == [pytest.approx([-0.51, -0.51, 1.01])]
+    assert (kept.bits, kept.table_bits) == (anew.bits, anew.table_bits)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Codebook(2),
+        Codebook(16),
+        Codebook(4, scope="global"),
+        Compose([Prune(0.5), Codebook(3)]),
+        Quantize("ternary"),
+        Quantize("int2", granularity="tensor"),
+        Quantize("ternary", granularity="group:7"),
+        Compose([Prune(0.5), Quantize("ternary")]),
+    ],
+    ids=lambda scheme: scheme.describe(),
+)
+def test_boundaries_grow_and_shrink_with_the_weights(scheme: Scheme) -> None:
+    module = filled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(30, 40)))
+    weights = {n: p.detach() for n, p in module.named_parameters()}
+    bound = scheme.bind(module)
+    theta = bound.pi(weights)
+    kept = boundaries_of(theta)
+    assert kept
+    again = bound.delta(bound.pi(weights, boundaries=kept))
+    larger = bound.delta(bound.pi({n: 4 * w for n, w in weights.items()}, boundaries=kept))
+    for name, decoded in bound.delta(theta).items():
+        # The same weights go together; what they are rounded to may fit even better.
+        assert len(torch.stack([decoded, again[name]]).flatten(1).unique(dim=1).T) == len(
+            decoded.unique()
+        )
+        error, before = ((w - weights[name]).square().sum() for w in (again[name], decoded))
+        assert error <= (1 + 1e-6) * before
+        torch.testing.assert_close(larger[name], 4 * again[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_another_scheme_rounds_keeps_no_boundaries() -> None:
+    module = filled(nn.Linear(30, 40))
+    for dtype in ("int8", "int4", "binary", "float16", "float8_e4m3fn"):
+        assert boundaries_of(pi(Quantize(dtype), module)) == {}
+    assert boundaries_of(pi(Prune(0.3), module)) == {}
+    assert boundaries_of(pi(Compose([LowRank(rank=3), Codebook(4)]), module)) == {}
