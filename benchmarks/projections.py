@@ -2,9 +2,11 @@
 
     python benchmarks/projections.py
 
+    python benchmarks/projections.py --pages small
+
 The unit is a copy into memory that the process holds, the fastest there is: all weights read once
 and as many written. θ is new, and what the kernel takes to hand out its memory counts against the
-projection.
+projection: much less in huge pages, which torch asks for where ``THP_MEM_ALLOC_ENABLE`` is 1.
 *Passes* is how often the algorithm behind a projection has to go through the weights; it is stated
 here, with the reason. The projection and the copy are timed in turn in one process, on one thread.
 """
@@ -13,14 +15,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import write_results
+from common import environment, update_results
 from torch import Tensor, nn
 
 from lightning_condensa import (
@@ -38,6 +42,9 @@ from lightning_condensa import (
 )
 
 LAYERS = 12
+#: What torch's allocator asks the kernel for; read when torch is loaded.
+PAGES = {"huge": "1", "small": "0"}
+VARIABLE = "THP_MEM_ALLOC_ENABLE"
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--numel", type=int, default=25_000_000)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pages", choices=PAGES, default="huge", help="for large tensors")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *CONVOLUTIONS])
     options = parser.parse_args()
+    if os.environ.get(VARIABLE) != PAGES[options.pages]:
+        again = {**os.environ, VARIABLE: PAGES[options.pages]}
+        os.execve(sys.executable, [sys.executable, *sys.argv], again)
     torch.set_num_threads(1)
     rows = []
     for cases, make in ((CASES, linear), (CONVOLUTIONS, convolutional)):
@@ -148,7 +159,8 @@ def main() -> None:
             row = {"case": name, **measure(case, make(options.numel), options.repeats)}
             rows.append(row)
             print(f"{name}: {row['median_s']:.3f} s, a copy {row['copy_s']:.3f} s", flush=True)
-    write_results("projections", {"rows": rows})
+    found = {"environment": environment(), "rows": rows}
+    update_results("projections", lambda results: results.update({options.pages: found}))
 
 
 if __name__ == "__main__":

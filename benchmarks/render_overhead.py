@@ -40,29 +40,31 @@ def projections() -> str | None:
     results = read_results("projections")
     if not results:
         return None
-    rows = []
-    for r in results["rows"]:
-        times = (
-            [s / r["copy_s"] / r["passes"] for s in r["seconds"]["projection"]]
-            if r["passes"]
-            else []
-        )
-        rows.append(
-            [
-                r["case"],
-                f"{r['median_s']:.2f} s",
-                str(r["passes"] or NONE),
-                r["why"],
-                f"{statistics.median(times):.1f} ({min(times):.1f}–{max(times):.1f})"
-                if times
-                else NONE,
-            ]
-        )
-    copies = [r["copy_s"] for r in results["rows"]]
-    size = results["rows"][0]["weights"]
+    huge = results["huge"]
+    small = {r["case"]: r for r in results.get("small", {}).get("rows", [])}
+    rows = [
+        [
+            r["case"],
+            f"{r['median_s']:.2f} s",
+            str(r["passes"] or NONE),
+            r["why"],
+            _copies_a_pass(r),
+            _copies_a_pass(small[r["case"]]) if r["case"] in small else NONE,
+        ]
+        for r in huge["rows"]
+    ]
+    copies = [r["copy_s"] for r in huge["rows"]]
+    size = huge["rows"][0]["weights"]
     note = f"\nA copy of {size:,} weights took {min(copies):.3f} to {max(copies):.3f} s.\n"
-    header = ["", "time", "passes", "for", "copies a pass"]
-    return table(header, rows) + note + source(results)
+    header = ["", "time", "passes", "for", "copies a pass", "in small pages"]
+    return table(header, rows) + note + source(huge)
+
+
+def _copies_a_pass(row: dict[str, Any]) -> str:
+    if not row["passes"]:
+        return NONE
+    times = [s / row["copy_s"] / row["passes"] for s in row["seconds"]["projection"]]
+    return f"{statistics.median(times):.1f} ({min(times):.1f}–{max(times):.1f})"
 
 
 def _overhead(results: dict[str, Any]) -> str:

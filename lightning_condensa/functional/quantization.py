@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.functional.chunks import chunk_length
+from lightning_condensa.functional.masks import greater
 from lightning_condensa.functional.ranks import Ranks
 
 #: Least share of the scale that covers the largest magnitude that is tried, by the largest code.
@@ -159,7 +160,10 @@ def mean_scale(rows: Tensor, sizes: Tensor, ranks: Ranks | None = None) -> Tenso
         tensor([[2.]])
     """
     ranks = ranks or Ranks()
-    total = ranks.sum(rows.abs().sum(1, keepdim=True, dtype=torch.float64))
+    total = rows.new_zeros(len(rows), 1, dtype=torch.float64)
+    for at in _pieces(rows):
+        total[at[0]] += rows[at].to(torch.float64, copy=True).abs_().sum(1, keepdim=True)
+    total = ranks.sum(total)
     count = ranks.sum(sizes.to(torch.float64))
     scale = _rounded((total / count.clamp_min(1)).to(torch.float32))
     return torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -209,7 +213,12 @@ def float_codes(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def sign_codes(rows: Tensor) -> Tensor:
     """Codes ±1, +1 for zero, as int8."""
-    return rows.ge(0).to(torch.int8).mul_(2).sub_(1)
+    codes = torch.empty_like(rows, dtype=torch.int8)
+    for at in _pieces(rows):
+        piece = torch.empty_like(codes[at], dtype=torch.bool)
+        greater(rows[at].to(torch.float32), 0.0, piece, or_equal=True)
+        codes[at] = piece.view(torch.int8).mul_(2).sub_(1)
+    return codes
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

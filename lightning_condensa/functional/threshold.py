@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.functional.chunks import chunk_length
+from lightning_condensa.functional.masks import between
 from lightning_condensa.functional.placement import local
 from lightning_condensa.functional.ranks import Ranks
 
@@ -44,7 +45,7 @@ class Parts:
     def of(cls, scores: Sequence[Tensor], absolute: bool) -> Parts:
         """The parts of some tensors, plain ones or DTensors."""
         ranks = Ranks.holding(scores)
-        flat = [local(s).reshape(-1) for s in scores]
+        flat = [local(s).detach().reshape(-1) for s in scores]
         pieces = (f if ranks.own(s) else f[:0] for f, s in zip(flat, scores, strict=True))
         dtype = reduce(torch.promote_types, {s.dtype for s in scores}, torch.float32)
         return cls(tuple(pieces), dtype, absolute, ranks)
@@ -78,11 +79,9 @@ class Parts:
         for piece in self.pieces:
             count, found = 0, [piece.new_empty(0, dtype=self.dtype)]
             for chunk in self.chunks(piece) if first <= last else ():
-                # Comparisons that write ones and zeros in place of booleans are several times as
-                # fast on a CPU.
-                scratch = chunk.clamp(first, last)
-                found.append(chunk[scratch.eq_(chunk).bool()])
-                count += int(torch.gt(chunk, last, out=scratch).sum())
+                chosen, more = between(chunk, first, last)
+                found.append(chosen)
+                count += more
             above.append(count)
             inside.append(torch.cat(found))
         return above, replace(self, pieces=tuple(inside), absolute=False)

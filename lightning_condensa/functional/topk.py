@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_condensa.functional.masks import greater
 from lightning_condensa.functional.placement import like, linear_indices, local
 from lightning_condensa.functional.threshold import Band, Parts, kth, narrow
 
@@ -145,7 +146,7 @@ def _shares(parts: Parts, sizes: Sequence[int], k: int, band: Band | None = None
 def _mask(parts: Parts, score: Tensor, cut: _Cut) -> Tensor:
     """The mask of one tensor; of ties that are cut the first in order are kept."""
     part = local(score)
-    flat = part.reshape(-1)
+    flat = part.detach().reshape(-1)
     mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     every = 0 < cut.ties == cut.equal
     ties = 0 if every else _first(parts, score, flat, cut)
@@ -153,7 +154,7 @@ def _mask(parts: Parts, score: Tensor, cut: _Cut) -> Tensor:
     for chunk in parts.chunks(flat):
         kept = mask[start : start + chunk.numel()]
         start += chunk.numel()
-        (torch.ge if every else torch.gt)(chunk, cut.value, out=kept)
+        greater(chunk, cut.value, kept, or_equal=every)
         if ties > 0:
             tied = (chunk == cut.value).nonzero().squeeze(1)[:ties]
             kept[tied] = True
