@@ -191,8 +191,8 @@ MUTATIONS = [
     Mutation(
         "binary: zero has no sign",
         "functional/quantization.py",
-        "rows.ge(0).to(torch.int8).mul_(2).sub_(1)",
-        "rows.sign().to(torch.int8)",
+        "codes[at] = piece.view(torch.int8).mul_(2).sub_(1)",
+        "codes[at] = rows[at].sign().to(torch.int8)",
     ),
     Mutation(
         "float8: twice the least scale",
@@ -225,10 +225,22 @@ MUTATIONS = [
         "_ITERATIONS = 0",
     ),
     Mutation(
+        "codebook: boundaries are not kept",
+        "schemes/codebook.py",
+        "        if held is None:",
+        "        if True:",
+    ),
+    Mutation(
+        "ternary: a kept threshold does not follow the weights",
+        "functional/quantization.py",
+        "    threshold = thresholds * root_mean_square(rows, ranks)",
+        "    threshold = thresholds",
+    ),
+    Mutation(
         "codebook: the next higher entry",
         "functional/kmeans.py",
-        "    borders = _middle(table[:-1], table[1:])",
-        "    borders = table[:-1].astype(np.float64)",
+        "    return cells(values, middles(torch.from_numpy(table)))",
+        "    return cells(values, torch.from_numpy(table[:-1]).double())",
     ),
     Mutation(
         "codebook: pruned weights have a say",

@@ -13,8 +13,10 @@ and the rounded weights are shipped. Cells are written one by one and not comput
 from __future__ import annotations
 
 import argparse
+import copy
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from tasks import TASKS, Start, TaskModule, dense_start
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_condensa import Codebook, CondensaCallback, DirectCompression, Quantize, Scheme
+from lightning_condensa import Codebook, CondensaCallback, Quantize, Scheme
 
 NAME = "quantizers"
 SCHEMES: dict[str, Scheme] = {
@@ -82,13 +84,23 @@ class Clustered(Rounded):
         return self.values[torch.bucketize(weight, middles)]
 
 
-def compressed(start: Start, epochs: int, scheme: Scheme, way: str) -> TaskModule:
-    """The task's module with rounded weights, trained in one of the ways."""
+def compressed(
+    start: Start, epochs: int, scheme: Scheme, way: str, plain: Callable[[], TaskModule]
+) -> TaskModule:
+    """The task's module with rounded weights, trained in one of the ways.
+
+    Args:
+        start: Dense weights and data.
+        epochs: Of training.
+        scheme: How to round.
+        way: One of ``WAYS``.
+        plain: The module after as many epochs without rounding; left as it is.
+    """
     module = start.module()
     if way == "lc":
         return fit(module, start, [CondensaCallback(scheme)], epochs)
     if way == "once":
-        return fit(module, start, [DirectCompression(scheme)], epochs)
+        return rounded(copy.deepcopy(plain()), scheme)
     layers = {t.name.rpartition(".")[0] for t in scheme.select(module)}
     for layer in (module.get_submodule(name) for name in sorted(layers)):
         rounding = Clustered if isinstance(scheme, Codebook) else Rounded
@@ -97,12 +109,19 @@ def compressed(start: Start, epochs: int, scheme: Scheme, way: str) -> TaskModul
     for layer in (module.get_submodule(name) for name in layers):
         # What it would leave, w + (rounded − w), is off the rounded values in the last bits.
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    return rounded(module, scheme)
+
+
+def rounded(module: TaskModule, scheme: Scheme) -> TaskModule:
+    """The module, with Δ(Π(w)) in the place of w."""
     bound, weights = scheme.bind(module), dict(module.named_parameters())
     module.load_state_dict(bound.delta(bound.pi(weights)), strict=False)
     return module
 
 
-def cell(start: Start, name: str, way: str, budget: int) -> dict[str, Any]:
+def cell(
+    start: Start, name: str, way: str, budget: int, plain: Callable[[], TaskModule]
+) -> dict[str, Any]:
     """Compress once and measure.
 
     Raises:
@@ -110,7 +129,7 @@ def cell(start: Start, name: str, way: str, budget: int) -> dict[str, Any]:
     """
     task, scheme = start.task, SCHEMES[name]
     begin = time.perf_counter()
-    module = compressed(start, budget * task.epochs, scheme, way)
+    module = compressed(start, budget * task.epochs, scheme, way, plain)
     seconds = time.perf_counter() - begin
     bound = scheme.bind(module)
     named = dict(module.named_parameters())
@@ -138,6 +157,7 @@ def main() -> None:
     add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--budget", type=int, default=1, help="times about 1,500 optimizer steps")
     add("--data", type=Path, help="folder of cifar10/")
     add("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args()
@@ -147,11 +167,13 @@ def main() -> None:
     for task in options.tasks:
         for seed in options.seeds:
             start = dense_start(TASKS[task], seed, options.data)
-            study.add_dense(start, 1)
+            study.add_dense(start, options.budget)
+            epochs = options.budget * start.task.epochs
+            plain = cache(partial(fit, start.module(), start, [], epochs))
             for name in options.schemes:
                 for way in options.ways:
-                    key = (task, f"{name}, {way}", 1.0, 1, seed)
-                    study.ensure(key, partial(cell, start, name, way, 1))
+                    key = (task, f"{name}, {way}", 1.0, options.budget, seed)
+                    study.ensure(key, partial(cell, start, name, way, options.budget, plain))
 
 
 if __name__ == "__main__":
