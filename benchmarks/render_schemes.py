@@ -34,17 +34,20 @@ def quantizers() -> str | None:
     results = read_results("quantizers")
     if not results:
         return None
-    scores: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+    scores: dict[tuple[str, int], dict[str, dict[str, dict[int, float]]]] = {}
     for c in results["cells"]:
         name, way = c["method"].rsplit(", ", 1)
-        row = scores.setdefault(c["task"], {}).setdefault(name, {})
+        row = scores.setdefault((c["task"], c["budget"]), {}).setdefault(name, {})
         row.setdefault(way, {})[c["seed"]] = c["test"]
     parts = []
-    for task, found in scores.items():
+    for (task, budget), found in sorted(scores.items()):
         rows = [[name, *_on_common_seeds(row)] for name, row in found.items()]
-        dense = mean_sd([d["test"] for d in results["dense"] if d["task"] == task])
+        dense = mean_sd(
+            [d["test"] for d in results["dense"] if (d["task"], d["budget"]) == (task, budget)]
+        )
         note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
-        parts.append(f"### {task}\n\n" + table(["", *WAYS.values()], rows) + note)
+        steps = "" if budget == 1 else f", {budget} times the steps"
+        parts.append(f"### {task}{steps}\n\n" + table(["", *WAYS.values()], rows) + note)
     return "".join(parts).rstrip("\n") + "\n" + cells_source("quantizers", results)
 
 
