@@ -62,7 +62,7 @@ def magnitude(start: Start, density: float, epochs: int, *, ranked_globally: boo
         ignored_layers=linears(module),
     )
     pruner.step()
-    return fit(module.train(), start, [], epochs)  # it was left in evaluation mode
+    return finetuned(module, start, epochs)
 
 
 def group_norm(start: Start, density: float, epochs: int, *, ranked_globally: bool) -> nn.Module:
@@ -78,7 +78,14 @@ def group_norm(start: Start, density: float, epochs: int, *, ranked_globally: bo
     )
     fit(module.train(), start, [GroupPenalty(pruner)], epochs // 2)
     pruner.step()
-    return fit(module.train(), start, [], epochs - epochs // 2)
+    return finetuned(module, start, epochs - epochs // 2)
+
+
+def finetuned(module: TaskModule, start: Start, epochs: int) -> nn.Module:
+    """A module that torch-pruning has pruned, and left in evaluation mode, trained on."""
+    # oneDNN, as torch 2.13 brings it, corrupts memory in training convolutions of six channels.
+    with torch.backends.mkldnn.flags(enabled=False):
+        return fit(module.train(), start, [], epochs)
 
 
 class GroupPenalty(pl.Callback):
