@@ -63,6 +63,7 @@ class Case:
 
 
 _GRID = "largest magnitude; error of {} scales; {}codes"
+_THREE = _GRID.format(12, "best scale for fixed codes, 3 times; ") + "; root mean square"
 CASES = {
     "elements, global": Case(Prune(0.05), 3, "where the threshold lies; count at it; mask and θ"),
     "elements, by layer": Case(
@@ -75,10 +76,8 @@ CASES = {
     "float8": Case(Quantize("float8_e4m3fn"), 2, "largest magnitude; codes"),
     "int8": Case(Quantize("int8"), 6, _GRID.format(4, "")),
     "int4": Case(Quantize("int4"), 25, _GRID.format(20, "best scale for fixed codes, 3 times; ")),
-    "int2": Case(Quantize("int2"), 17, _GRID.format(12, "best scale for fixed codes, 3 times; ")),
-    "ternary": Case(
-        Quantize("ternary"), 17, _GRID.format(12, "best scale for fixed codes, 3 times; ")
-    ),
+    "int2": Case(Quantize("int2"), 18, _THREE),
+    "ternary": Case(Quantize("ternary"), 18, _THREE),
     "binary": Case(Quantize("binary"), 2, "mean magnitude; signs"),
     "int4, groups of 64": Case(
         Quantize("int4", granularity="group:64"),
@@ -159,8 +158,14 @@ def main() -> None:
             row = {"case": name, **measure(case, make(options.numel), options.repeats)}
             rows.append(row)
             print(f"{name}: {row['median_s']:.3f} s, a copy {row['copy_s']:.3f} s", flush=True)
-    found = {"environment": environment(), "rows": rows}
-    update_results("projections", lambda results: results.update({options.pages: found}))
+
+    def change(results: dict[str, Any]) -> None:
+        before = {row["case"]: row for row in results.get(options.pages, {}).get("rows", [])}
+        merged = before | {row["case"]: row for row in rows}
+        kept = [merged[name] for name in (*CASES, *CONVOLUTIONS) if name in merged]
+        results[options.pages] = {"environment": environment(), "rows": kept}
+
+    update_results("projections", change)
 
 
 if __name__ == "__main__":

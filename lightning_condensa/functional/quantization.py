@@ -129,8 +129,7 @@ def threshold_of(rows: Tensor, scale: Tensor, ranks: Ranks | None = None) -> Ten
 def root_mean_square(rows: Tensor, ranks: Ranks | None = None) -> Tensor:
     """Root mean square of each row, float32 ``(rows, 1)``; see :func:`grid_scale` for ``ranks``."""
     ranks = ranks or Ranks()
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-    squares = ranks.sum(norms.square())
+    squares = ranks.sum(_totals(rows, Tensor.square_))
     sizes = ranks.sum(torch.full_like(squares, rows.shape[1]))
     return (squares / sizes.clamp_min(1)).sqrt().to(torch.float32)
 
@@ -160,10 +159,7 @@ def mean_scale(rows: Tensor, sizes: Tensor, ranks: Ranks | None = None) -> Tenso
         tensor([[2.]])
     """
     ranks = ranks or Ranks()
-    total = rows.new_zeros(len(rows), 1, dtype=torch.float64)
-    for at in _pieces(rows):
-        total[at[0]] += rows[at].to(torch.float64, copy=True).abs_().sum(1, keepdim=True)
-    total = ranks.sum(total)
+    total = ranks.sum(_totals(rows, Tensor.abs_))
     count = ranks.sum(sizes.to(torch.float64))
     scale = _rounded((total / count.clamp_min(1)).to(torch.float32))
     return torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -248,6 +244,14 @@ def _peak(rows: Tensor, signed: bool = False) -> Tensor:
         return rows.new_zeros(len(rows), 1)
     most = rows.amax(1, keepdim=True).clamp_min(0)
     return most if signed else torch.maximum(most, rows.amin(1, keepdim=True).neg())
+
+
+def _totals(rows: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over each row of what an operation in place makes of its values, in double precision."""
+    total = rows.new_zeros(len(rows), 1, dtype=torch.float64)
+    for at in _pieces(rows):
+        total[at[0]] += term(rows[at].to(torch.float64, copy=True)).sum(1, keepdim=True)
+    return total
 
 
 def _rounded(scale: Tensor) -> Tensor:
