@@ -64,6 +64,17 @@ def part(full: Tensor, reference: Tensor, dim: int | None = None) -> Tensor:
     return full
 
 
+def broadcast_part(full: Tensor, reference: Tensor) -> Tensor:
+    """This process's part of a whole tensor that broadcasts with ``reference``.
+
+    It is cut along the dimensions in which it has more than one element. A view.
+    """
+    for dim, extent in enumerate(full.shape):
+        if extent > 1:
+            full = part(full, reference, dim)
+    return full
+
+
 def parts(tensors: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of this process's parts of tensors, on the devices of their references.
 

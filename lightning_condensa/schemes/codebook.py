@@ -77,10 +77,11 @@ class Codebook(Scheme):
 
     def _book(
         self, targets: Sequence[Target], theta: Mapping[str, Encoded]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The entries that fit what is kept of some tensors, and where one turns into the next.
 
-        The boundaries are given as they are, and in units of the root mean square.
+        The boundaries are given as they are, and in units of the root mean square for an encoding:
+        only of ``k`` entries, as weights of fewer values would never get more.
         """
         assert isinstance(self.k, int)
         kept = []
@@ -93,12 +94,12 @@ class Codebook(Scheme):
         if held is None:
             book = kmeans_1d(values, self.k)
             borders = middles(book)
-            return book, borders, borders / unit
+            return book, borders, borders / unit if len(book) == self.k else None
         borders = held.cpu() * unit
         return cell_means(values, borders), borders, held
 
     def _rounded(
-        self, encoded: Encoded, book: Tensor, borders: Tensor, boundaries: Tensor
+        self, encoded: Encoded, book: Tensor, borders: Tensor, boundaries: Tensor | None
     ) -> Encoded:
         assert isinstance(self.k, int)
         if len(book) == 0:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_condensa.functional.bits import dtype_bits
-from lightning_condensa.functional.placement import elementwise, part, placed, shrunk, where, whole
+from lightning_condensa.functional.placement import (
+    broadcast_part,
+    elementwise,
+    placed,
+    shrunk,
+    where,
+    whole,
+)
 from lightning_condensa.functional.ranks import count_nonzero
 
 
@@ -105,10 +112,7 @@ class Encoded:
         scale = self.scale
         if scale is not None:
             dims = [d for d, n in enumerate(scale.shape) if n > 1]
-            cut = scale
-            for dim in dims:
-                cut = part(cut, reference, dim)
-            scale = shrunk(cut, reference, dims)
+            scale = shrunk(broadcast_part(scale, reference), reference, dims)
         return self.replace(codes=placed(self.codes, reference), scale=scale, mask=mask)
 
     @property

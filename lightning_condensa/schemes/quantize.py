@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_condensa.functional.grouping import Blocks, Rows
 from lightning_condensa.functional.masks import numbers
 from lightning_condensa.functional.placement import (
+    broadcast_part,
     elementwise,
     like,
     local,
-    part,
     placed,
     shrunk,
     where,
@@ -123,7 +123,7 @@ class Quantize(Scheme):
         ranks = self._cut(target, encoded.codes)
         boundaries = encoded.boundaries if self._has_threshold else None
         if boundaries is not None:
-            own = _cut_like(boundaries.to(rows.device), encoded.codes)
+            own = broadcast_part(boundaries.to(rows.device), encoded.codes)
             codes, scale = held_scale(rows, own.reshape(-1, 1), ranks)
         else:
             codes, scale = self._round(rows, sizes, ranks)
@@ -193,11 +193,3 @@ class Quantize(Scheme):
                 f"{target.name} is sharded along them: use 'channel', or exclude it"
             )
         return Ranks()
-
-
-def _cut_like(full: Tensor, codes: Tensor) -> Tensor:
-    """This process's part of numbers for rows of the whole codes."""
-    for dim, extent in enumerate(full.shape):
-        if extent > 1:
-            full = part(full, codes, dim)
-    return full

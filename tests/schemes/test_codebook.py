@@ -176,6 +176,18 @@ def test_boundaries_grow_and_shrink_with_the_weights(scheme: Scheme) -> None:
         torch.testing.assert_close(larger[name], 4 * again[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_weights_of_fewer_values_than_entries_may_get_more(scope: str) -> None:
+    # A layer that begins at zero would have no boundary for good.
+    bound = Codebook(2, scope=scope).bind(nn.Linear(4, 1, bias=False))  # type: ignore[arg-type]
+    theta = bound.pi({"weight": torch.zeros(1, 4)})
+    assert boundaries_of(theta) == {}
+    later = {"weight": torch.tensor([[-1.0, 3.0, 3.0, -1.0]])}
+    assert torch.equal(
+        bound.pi(later, boundaries=boundaries_of(theta))["weight"].codes, later["weight"]
+    )
+
+
 def test_what_another_scheme_rounds_keeps_no_boundaries() -> None:
     module = filled(nn.Linear(30, 40))
     for dtype in ("int8", "int4", "binary", "float16", "float8_e4m3fn"):
