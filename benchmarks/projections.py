@@ -1,7 +1,6 @@
 """Every projection by itself: its time beside that of one pass over memory.
 
     python benchmarks/projections.py
-
     python benchmarks/projections.py --pages small
 
 The unit is a copy into memory that the process holds, the fastest there is: all weights read once

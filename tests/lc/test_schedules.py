@@ -49,9 +49,9 @@ def test_every_plan_is_one_that_can_be_run(
     assert all(a < b for a, b in pairwise(plan.c_steps))
     assert plan.c_steps[-1] <= total
     assert len(plan.progress) == len(plan.c_steps)
-    for rates in (plan.strength, plan.rounding):
-        assert len(rates) == len(plan.c_steps)
-        assert all(0 <= rate <= 1 for rate in rates)
+    assert len(plan.strength) == len(plan.rounding) == len(plan.c_steps)
+    assert plan.strength[0] == 0
+    assert all(0 < rate <= 1 for rate in (*plan.strength[1:], *plan.rounding))
     # The L-C phase ends with a C-step, at the scheme's own density, and not before.
     assert plan.l_end in plan.c_steps
     assert all(0 <= a <= b <= 1 for a, b in pairwise((*plan.progress, 1.0)))
