@@ -94,8 +94,8 @@ MUTATIONS = [
     Mutation(
         "criterion l2: not averaged",
         "functional/criteria.py",
-        "magnitudes.square().sum(1).div(sizes.squeeze(1)).sqrt()",
-        "magnitudes.square().sum(1).sqrt()",
+        "total.div(n).sqrt()",
+        "total.sqrt()",
     ),
     Mutation(
         "criterion min: padding counts",

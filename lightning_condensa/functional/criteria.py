@@ -14,25 +14,43 @@ gradients, it is ``l2``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-def l1(magnitudes: Tensor, sizes: Tensor) -> Tensor:
-    """Mean magnitude, ``Σ|w| / n``."""
-    return magnitudes.sum(1) / sizes.squeeze(1)
+@dataclass(frozen=True)
+class Reduction:
+    """A criterion that may be taken along one dimension of the groups after another.
+
+    Zeros count nothing: groups may be padded with them.
+
+    Attributes:
+        each: What a magnitude counts.
+        reduce: A sum or a maximum along one dimension.
+        finish: The score from what is reduced and the number of elements, both ``(groups,)``.
+    """
+
+    each: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor, int], Tensor]
+    finish: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, magnitudes: Tensor, sizes: Tensor) -> Tensor:
+        """The scores of groups given as rows."""
+        return self.finish(self.reduce(self.each(magnitudes), 1), sizes.squeeze(1))
 
 
-def l2(magnitudes: Tensor, sizes: Tensor) -> Tensor:
-    """Root mean square, ``√(Σw² / n)``."""
-    return magnitudes.square().sum(1).div(sizes.squeeze(1)).sqrt()
-
-
-def maximum(magnitudes: Tensor, sizes: Tensor) -> Tensor:
-    """Largest magnitude."""
-    return magnitudes.amax(1)
+#: Mean magnitude, ``Σ|w| / n``.
+l1 = Reduction(lambda w: w, torch.sum, lambda total, n: total / n)
+#: Root mean square, ``√(Σw² / n)``.
+l2 = Reduction(torch.square, torch.sum, lambda total, n: total.div(n).sqrt())
+#: Largest magnitude.
+maximum = Reduction(lambda w: w, torch.amax, lambda largest, n: largest)
+#: Sum of magnitudes, not scaled by the group's size.
+total = Reduction(lambda w: w, torch.sum, lambda total, n: total)
 
 
 def minimum(magnitudes: Tensor, sizes: Tensor) -> Tensor:
@@ -43,11 +61,6 @@ def minimum(magnitudes: Tensor, sizes: Tensor) -> Tensor:
         ordered = magnitudes.sort(1, descending=True).values
         return ordered.gather(1, sizes.long() - 1).squeeze(1)
     return magnitudes.amin(1)
-
-
-def total(magnitudes: Tensor, sizes: Tensor) -> Tensor:
-    """Sum of magnitudes, not scaled by the group's size."""
-    return magnitudes.sum(1)
 
 
 CRITERIA: dict[str, Criterion] = {

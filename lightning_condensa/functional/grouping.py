@@ -7,12 +7,15 @@ how many survive, so every grouping works with every criterion and every density
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
+
+from lightning_condensa.functional.masks import repeated
 
 
 class Grouping(Protocol):
@@ -138,29 +141,51 @@ class Blocks:
             )
         return tuple(math.ceil(n / b) for n, b in zip(shape, self.block_size, strict=True))
 
-    def _split(self, weight: Tensor) -> Tensor:
+    def _interleaved(self, weight: Tensor) -> Tensor:
+        """The weight, padded, with two dimensions for each: which block, and where in it."""
         counts = self.grid(weight.shape)
         pads = [c * b - n for n, b, c in zip(weight.shape, self.block_size, counts, strict=True)]
         if any(pads):
             weight = nnf.pad(weight, [p for pad in reversed(pads) for p in (0, pad)])
-        interleaved = [n for pair in zip(counts, self.block_size, strict=True) for n in pair]
-        which, within = (list(range(first, len(interleaved), 2)) for first in (0, 1))
-        split = weight.reshape(interleaved)
-        rows = split.permute(*which, *within)
-        if rows.is_contiguous():
-            return rows.view(math.prod(counts), math.prod(self.block_size))
-        # Blocks side by side in memory: what is done to each of them runs along it.
-        columns = split.permute(*within, *which)
-        return columns.reshape(math.prod(self.block_size), math.prod(counts)).t()
+        pairs = zip(counts, self.block_size, strict=True)
+        return weight.reshape([extent for pair in pairs for extent in pair])
+
+    def sizes(self, weight: Tensor) -> Tensor:
+        """How many weights each block holds, ``(groups, 1)``."""
+        sizes = torch.ones(1, device=weight.device)
+        counts = self.grid(weight.shape)
+        for n, b, count in zip(weight.shape, self.block_size, counts, strict=True):
+            extents = (n - b * torch.arange(count, device=weight.device)).clamp(max=b)
+            sizes = torch.outer(sizes, extents).flatten()
+        return sizes[:, None]
+
+    def reduce(self, values: Tensor, how: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Each block's values reduced, dimension by dimension: several times faster than as rows.
+
+        Args:
+            values: Of a weight's shape.
+            how: A sum or another reduction along one dimension, to which zeros make no difference.
+
+        Returns:
+            ``(groups,)``
+        """
+        reduced = self._interleaved(values)
+        for dim in range(1, values.dim() + 1):
+            reduced = how(reduced, dim)
+        return reduced.flatten()
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """One row per group."""
-        rows = self._split(weight)
-        if all(n % b == 0 for n, b in zip(weight.shape, self.block_size, strict=True)):
-            return rows, _full_sizes(rows)
-        ones = torch.ones_like(weight, dtype=torch.float32)
-        sizes = self._split(ones).sum(1, keepdim=True)
-        return rows, sizes
+        split = self._interleaved(weight)
+        which, within = (list(range(first, split.dim(), 2)) for first in (0, 1))
+        rows = split.permute(*which, *within)
+        sizes = self.sizes(weight)
+        shape = (len(sizes), math.prod(self.block_size))
+        if rows.is_contiguous():
+            return rows.view(shape), sizes
+        # Blocks side by side in memory: what is done to each of them runs along it.
+        columns = split.permute(*within, *which)
+        return columns.reshape(shape[::-1]).t(), sizes
 
     def join(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """The tensor of ``shape`` whose blocks are the rows of :meth:`split`."""
@@ -175,9 +200,7 @@ class Blocks:
         """Repeat each block's verdict over its weights."""
         mask = keep.view(self.grid(shape))
         for dim in reversed(range(len(shape))):  # the last one first: then whole rows are copied
-            repeated = [-1] * (dim + 1) + [self.block_size[dim]] + [-1] * (len(shape) - dim - 1)
-            mask = mask.unsqueeze(dim + 1).expand(repeated).flatten(dim, dim + 1)
-            mask = mask.narrow(dim, 0, shape[dim])
+            mask = repeated(mask, self.block_size[dim], dim).narrow(dim, 0, shape[dim])
         return mask
 
 

@@ -62,6 +62,18 @@ def between(values: Tensor, first: float, last: float) -> tuple[Tensor, int]:
     return values[(values >= first) ^ above], int(above.count_nonzero())
 
 
+def repeated(values: Tensor, times: int, dim: int) -> Tensor:
+    """Each value so many times in a row along a dimension.
+
+    Example:
+        >>> repeated(torch.tensor([True, False]), 2, 0)
+        tensor([ True,  True, False, False])
+    """
+    if values.device.type == "cpu" and not values.requires_grad:
+        return torch.from_numpy(np.repeat(values.numpy(), times, dim))
+    return values.repeat_interleave(times, dim)
+
+
 def inside(mask: Tensor, values: Tensor) -> Tensor:
     """``values`` inside the mask, bit for bit, and zeros elsewhere, finite or not.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_condensa.functional.chunks import chunk_length
-from lightning_condensa.functional.criteria import Criterion, get_criterion
+from lightning_condensa.functional.criteria import Criterion, Reduction, get_criterion
 from lightning_condensa.functional.grouping import Blocks, Grouping, n_m_mask
 from lightning_condensa.functional.placement import elementwise, like, local, part_shape, uncut
 from lightning_condensa.functional.ranks import Ranks, count_nonzero
@@ -69,11 +69,18 @@ class GroupPrune(DensityPrune):
         unit = grouping.unit(weight.shape)
         weight = uncut(weight, unit, target.name)
         part = local(weight)
-        found = [self._rated(*grouping.split(slab)) for slab in self._slabs(part, unit[0])]
-        score = torch.cat(found) if len(found) > 1 else found[0]
+        score = self._scored(grouping, part, unit[0])
         shape = grouping.grid(part.shape)
         self._check(score, math.prod(shape), target.name, Ranks.holding([weight]))
         return like(score.view(shape), weight, grid)
+
+    def _scored(self, grouping: Grouping, weight: Tensor, extent: int | None) -> Tensor:
+        criterion, slabs = get_criterion(self.criterion), self._slabs(weight, extent)
+        if isinstance(criterion, Reduction) and isinstance(grouping, Blocks):
+            values = (criterion.each(_magnitudes(slab)) for slab in slabs)
+            reduced = _joined([grouping.reduce(v, criterion.reduce) for v in values])
+            return criterion.finish(reduced, grouping.sizes(weight).squeeze(1))
+        return _joined([self._rated(*grouping.split(slab)) for slab in slabs])
 
     def _slabs(self, weight: Tensor, extent: int | None) -> Sequence[Tensor]:
         """Whole groups that stay in the cache; ``extent`` is that of a group, or all of them."""
@@ -99,9 +106,8 @@ class GroupPrune(DensityPrune):
         return score
 
     def _rated(self, rows: Tensor, sizes: Tensor) -> Tensor:
-        # In float32 at least: sums of squares of finite halves overflow, and round into ties.
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        return get_criterion(self.criterion)(rows.abs().to(wide), sizes.to(wide))
+        magnitudes = _magnitudes(rows)
+        return get_criterion(self.criterion)(magnitudes, sizes.to(magnitudes.dtype))
 
     def _check(self, score: Tensor, groups: int, name: str, ranks: Ranks) -> None:
         wrong = score.shape != (groups,) or bool(score.isnan().any())
@@ -222,6 +228,15 @@ class GroupPrune(DensityPrune):
     def _multiple(self, count: int, size: int) -> int:
         """The multiple of ``align`` next to a count, out of so many."""
         return min(max(round(count / self.align), 1) * self.align, size)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def _magnitudes(weight: Tensor) -> Tensor:
+    # In float32 at least: sums of squares of finite halves overflow, and round into ties.
+    return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

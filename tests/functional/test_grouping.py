@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_condensa.functional.criteria import CRITERIA, get_criterion
+from lightning_condensa.functional.criteria import CRITERIA, Reduction, get_criterion
 from lightning_condensa.functional.grouping import Blocks, Slices, n_m_mask
+from lightning_condensa.schemes import BlockPrune
+from lightning_condensa.schemes.selection import Target
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (5, 7), (3, 2), (4, 3, 3, 2)])
@@ -61,6 +63,25 @@ def test_criteria_ignore_padding(name: str, expected: float) -> None:
     magnitudes = torch.tensor([[3.0, 4.0, 5.0, 0.0]])
     score = CRITERIA[name](magnitudes, torch.tensor([[3.0]]))
     assert score.tolist() == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((8, 12), (4, 3)), ((7, 5), (4, 3)), ((2, 3), (4, 4)), ((5, 4, 3, 3), (2,) * 4)],
+)
+def test_blocks_score_as_their_rows_do(
+    name: str, shape: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scheme, target = BlockPrune(0.5, block, criterion=name), Target("weight", shape, "Linear")
+    rows, sizes = Blocks(block).split(weight.abs().to(torch.promote_types(dtype, torch.float32)))
+    expected = CRITERIA[name](rows, sizes.to(rows.dtype))
+    score = scheme.score(target, weight)
+    assert score.dtype == rows.dtype
+    torch.testing.assert_close(score.flatten(), expected)
+    assert isinstance(CRITERIA[name], Reduction) == (name != "min")
 
 
 def test_unknown_criterion() -> None:
