@@ -7,7 +7,9 @@ Every way starts from the same dense weights and trains for the same number of s
 task's optimizer. *Once* trains on and rounds at the end. *Straight-through* is quantization-aware
 training: each forward pass rounds the weights as the scheme does (to a codebook that is fitted anew
 in every 16th step), gradients pass the rounding unchanged (Bengio et al. 2013, arXiv:1308.3432),
-and the rounded weights are shipped. Cells are written one by one and not computed twice.
+and the rounded weights are shipped. *Straight-through, kept* is the same with the boundaries
+between a codebook's or a ternary weight's values kept from the first step, as L-C does it.
+Cells are written one by one and not computed twice.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +31,19 @@ from tasks import TASKS, Start, TaskModule, dense_start
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_condensa import Codebook, CondensaCallback, Quantize, Scheme
+from lightning_condensa import Codebook, Compose, CondensaCallback, Quantize, Scheme
+from lightning_condensa.schemes.bound import boundaries_of
 
 NAME = "quantizers"
+#: The first and the last weight of each task's network, about 1 % of the weights of most.
+ENDS = r"^network\.(net\.)?(0|8|20)\."
+
+
+def ends_in_int8(scheme: Scheme) -> Scheme:
+    """The scheme between the first and the last layer, and int8 for these."""
+    return Compose([Quantize("int8", include=(ENDS,)), replace(scheme, exclude=(ENDS,))])
+
+
 SCHEMES: dict[str, Scheme] = {
     "int8": Quantize("int8"),
     "int4": Quantize("int4"),
@@ -38,8 +51,12 @@ SCHEMES: dict[str, Scheme] = {
     "binary": Quantize("binary"),
     "codebook 2": Codebook(2),
     "codebook 16": Codebook(16),
+    "binary between int8": ends_in_int8(Quantize("binary")),
+    "codebook 2 between int8": ends_in_int8(Codebook(2)),
 }
-WAYS = ("lc", "once", "straight-through")
+WAYS = ("lc", "once", "straight-through", "straight-through-kept")
+#: Schemes with boundaries to keep.
+KEPT = ("ternary", "codebook 2", "codebook 16", "codebook 2 between int8")
 
 
 class Rounded(nn.Module):
@@ -84,6 +101,22 @@ class Clustered(Rounded):
         return self.values[torch.bucketize(weight, middles)]
 
 
+class Kept(Rounded):
+    """Rounds with the boundaries between values that the first pass found."""
+
+    def __init__(self, scheme: Scheme, layer: nn.Module) -> None:
+        super().__init__(scheme, layer)
+        self.boundaries: dict[str, Tensor] = {}
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Return the best values for what lies between the boundaries."""
+        bound = self.bound[0]
+        theta = bound.pi(dict.fromkeys(bound.names, weight), boundaries=self.boundaries)
+        self.boundaries = boundaries_of(theta)
+        (rounded,) = bound.delta(theta).values()
+        return rounded
+
+
 def compressed(
     start: Start, epochs: int, scheme: Scheme, way: str, plain: Callable[[], TaskModule]
 ) -> TaskModule:
@@ -101,12 +134,15 @@ def compressed(
         return fit(module, start, [CondensaCallback(scheme)], epochs)
     if way == "once":
         return rounded(copy.deepcopy(plain()), scheme)
-    layers = {t.name.rpartition(".")[0] for t in scheme.select(module)}
-    for layer in (module.get_submodule(name) for name in sorted(layers)):
-        rounding = Clustered if isinstance(scheme, Codebook) else Rounded
-        parametrize.register_parametrization(layer, "weight", rounding(scheme, layer))
+    chosen = [(stage, t.name) for stage in scheme.stages for t in stage.select(module)]
+    layers = [module.get_submodule(name.rpartition(".")[0]) for _, name in chosen]
+    for (stage, _), layer in zip(chosen, layers, strict=True):
+        fitted = Clustered if isinstance(stage, Codebook) else Rounded
+        rounding = Kept if way == "straight-through-kept" else fitted
+        own = replace(stage, include=(), exclude=())  # the layer by itself has another name
+        parametrize.register_parametrization(layer, "weight", rounding(own, layer))
     fit(module, start, [], epochs)
-    for layer in (module.get_submodule(name) for name in layers):
+    for layer in layers:
         # What it would leave, w + (rounded − w), is off the rounded values in the last bits.
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     return rounded(module, scheme)
@@ -172,6 +208,8 @@ def main() -> None:
             plain = cache(partial(fit, start.module(), start, [], epochs))
             for name in options.schemes:
                 for way in options.ways:
+                    if way == "straight-through-kept" and name not in KEPT:
+                        continue
                     key = (task, f"{name}, {way}", 1.0, options.budget, seed)
                     study.ensure(key, partial(cell, start, name, way, options.budget, plain))
 

@@ -26,6 +26,7 @@ WAYS = {
     "lc": "L-C",
     "once": "rounded once",
     "straight-through": "straight-through",
+    "straight-through-kept": "straight-through, boundaries kept",
 }
 
 
