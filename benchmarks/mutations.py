@@ -117,6 +117,12 @@ MUTATIONS = [
         "for p in (pad, 0)])",
     ),
     Mutation(
+        "blocks: only the first row counts",
+        "functional/grouping.py",
+        "functools.reduce(criterion.join, reduced.unbind(dim))",
+        "functools.reduce(criterion.join, reduced.unbind(dim)[:1])",
+    ),
+    Mutation(
         "N:M: the smallest survive",
         "functional/grouping.py",
         "groups.sort(dim=1, descending=True, stable=True)",

@@ -29,13 +29,15 @@ class Reduction:
     Zeros count nothing: groups may be padded with them.
 
     Attributes:
-        each: What a magnitude counts.
+        each: What a weight counts.
         reduce: A sum or a maximum along one dimension.
+        join: The same of two tensors, element by element.
         finish: The score from what is reduced and the number of elements, both ``(groups,)``.
     """
 
     each: Callable[[Tensor], Tensor]
     reduce: Callable[[Tensor, int], Tensor]
+    join: Callable[[Tensor, Tensor], Tensor]
     finish: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, magnitudes: Tensor, sizes: Tensor) -> Tensor:
@@ -44,13 +46,13 @@ class Reduction:
 
 
 #: Mean magnitude, ``Σ|w| / n``.
-l1 = Reduction(lambda w: w, torch.sum, lambda total, n: total / n)
+l1 = Reduction(torch.abs, torch.sum, torch.add, lambda total, n: total / n)
 #: Root mean square, ``√(Σw² / n)``.
-l2 = Reduction(torch.square, torch.sum, lambda total, n: total.div(n).sqrt())
+l2 = Reduction(torch.square, torch.sum, torch.add, lambda total, n: total.div(n).sqrt())
 #: Largest magnitude.
-maximum = Reduction(lambda w: w, torch.amax, lambda largest, n: largest)
+maximum = Reduction(torch.abs, torch.amax, torch.maximum, lambda largest, n: largest)
 #: Sum of magnitudes, not scaled by the group's size.
-total = Reduction(lambda w: w, torch.sum, lambda total, n: total)
+total = Reduction(torch.abs, torch.sum, torch.add, lambda total, n: total)
 
 
 def minimum(magnitudes: Tensor, sizes: Tensor) -> Tensor:

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_condensa.functional.chunks import chunk_length
-
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -62,18 +60,6 @@ def between(values: Tensor, first: float, last: float) -> tuple[Tensor, int]:
     return values[(values >= first) ^ above], int(above.count_nonzero())
 
 
-def repeated(values: Tensor, times: int, dim: int) -> Tensor:
-    """Each value so many times in a row along a dimension.
-
-    Example:
-        >>> repeated(torch.tensor([True, False]), 2, 0)
-        tensor([ True,  True, False, False])
-    """
-    if values.device.type == "cpu" and not values.requires_grad:
-        return torch.from_numpy(np.repeat(values.numpy(), times, dim))
-    return values.repeat_interleave(times, dim)
-
-
 def inside(mask: Tensor, values: Tensor) -> Tensor:
     """``values`` inside the mask, bit for bit, and zeros elsewhere, finite or not.
 
@@ -91,10 +77,9 @@ def inside(mask: Tensor, values: Tensor) -> Tensor:
     if values.shape != once.shape or not (values.is_contiguous() and mask.is_contiguous()):
         return values.view(bits).bitwise_and(numbers(once, bits).neg_()).view(values.dtype)
     result = torch.empty_like(values)  # fresh memory is dear: none for what is in between
-    length = chunk_length(values)
-    # As signed bytes a mask has all bits of a number or none: widening repeats the sign.
-    signs = mask.view(torch.int8)
-    flat = (torch.split(t.view(-1), length) for t in (values.view(bits), signs, result.view(bits)))
-    for piece, kept, out in zip(*flat, strict=True):
-        torch.bitwise_and(piece, kept.neg().to(bits), out=out)
+    given, ones, out = values.view(bits), mask.view(torch.int8), result.view(bits)
+    if values.device.type == "cpu":
+        np.multiply(given.numpy(), ones.numpy(), out=out.numpy())
+    else:
+        torch.mul(given, ones, out=out)
     return result

@@ -75,19 +75,14 @@ class GroupPrune(DensityPrune):
         return like(score.view(shape), weight, grid)
 
     def _scored(self, grouping: Grouping, weight: Tensor, extent: int | None) -> Tensor:
-        criterion, slabs = get_criterion(self.criterion), self._slabs(weight, extent)
+        criterion = get_criterion(self.criterion)
         if isinstance(criterion, Reduction) and isinstance(grouping, Blocks):
-            values = (criterion.each(_magnitudes(slab)) for slab in slabs)
-            reduced = _joined([grouping.reduce(v, criterion.reduce) for v in values])
+            values = (criterion.each(_wide(s)) for s in _slabs(weight, extent, 4))
+            reduced = _joined([grouping.reduce(v, criterion) for v in values])
             return criterion.finish(reduced, grouping.sizes(weight).squeeze(1))
-        return _joined([self._rated(*grouping.split(slab)) for slab in slabs])
-
-    def _slabs(self, weight: Tensor, extent: int | None) -> Sequence[Tensor]:
-        """Whole groups that stay in the cache; ``extent`` is that of a group, or all of them."""
-        if extent is None or callable(self.criterion):  # which may look at all groups
-            return (weight,)
-        length = chunk_length(weight) * len(weight) // max(weight.numel(), 1)
-        return torch.split(weight, max(length // extent, 1) * extent)
+        if callable(self.criterion):  # which may look at all groups
+            extent = None
+        return _joined([self._rated(*grouping.split(s)) for s in _slabs(weight, extent)])
 
     def rate(self, rows: Tensor, sizes: Tensor, name: str, ranks: Ranks) -> Tensor:
         """The criterion of groups that are given as rows.
@@ -106,7 +101,7 @@ class GroupPrune(DensityPrune):
         return score
 
     def _rated(self, rows: Tensor, sizes: Tensor) -> Tensor:
-        magnitudes = _magnitudes(rows)
+        magnitudes = _wide(rows.abs())
         return get_criterion(self.criterion)(magnitudes, sizes.to(magnitudes.dtype))
 
     def _check(self, score: Tensor, groups: int, name: str, ranks: Ranks) -> None:
@@ -234,9 +229,17 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
-def _magnitudes(weight: Tensor) -> Tensor:
+def _slabs(weight: Tensor, extent: int | None, chunks: int = 1) -> Sequence[Tensor]:
+    """Whole groups that stay in the cache; ``extent`` is that of a group, or all of them."""
+    if extent is None:
+        return (weight,)
+    length = chunks * chunk_length(weight) * len(weight) // max(weight.numel(), 1)
+    return torch.split(weight, max(length // extent, 1) * extent)
+
+
+def _wide(weight: Tensor) -> Tensor:
     # In float32 at least: sums of squares of finite halves overflow, and round into ties.
-    return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_condensa.functional.masks import inside, numbers, repeated
+from lightning_condensa.functional.masks import inside, numbers
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32]
 
@@ -39,10 +39,3 @@ def test_any_layout() -> None:
     for m in (mask, mask.to(memory_format=torch.channels_last), mask[:, :1].expand_as(mask)):
         assert torch.equal(inside(m, values), torch.where(m, values, 0))
         assert torch.equal(inside(m.mT, values.mT), torch.where(m, values, 0).mT)
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_repeated_is_repeat_interleave(dtype: torch.dtype, dim: int) -> None:
-    values = torch.randn(3, 2, 4).round().to(dtype)
-    assert torch.equal(repeated(values, 3, dim), values.repeat_interleave(3, dim))
