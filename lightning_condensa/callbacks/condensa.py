@@ -172,6 +172,7 @@ class CondensaCallback(Callback):
             steps,
             prunes=self._bound.prunes,
             projects=self._bound.projects,
+            rounds=self._bound.rounds,
             steps_per_epoch=steps_per_epoch(trainer),
         )
         check_plan(plan, self.scheme, averaged=is_averaged(trainer))

@@ -65,6 +65,7 @@ class PaperSchedule(Schedule):
         *,
         prunes: bool = True,
         projects: bool = False,
+        rounds: bool = False,
         steps_per_epoch: int | None = None,
     ) -> Plan:
         """One C-step before training and one after each of ``steps − 1`` L-steps."""

@@ -58,6 +58,7 @@ class Schedule(ABC):
         *,
         prunes: bool = True,
         projects: bool = False,
+        rounds: bool = False,
         steps_per_epoch: int | None = None,
     ) -> Plan:
         """The plan for a run of ``total_steps`` optimizer steps.
@@ -66,5 +67,6 @@ class Schedule(ABC):
             total_steps: Optimizer steps to come.
             prunes: Whether the scheme prunes, so that there is a support to fine-tune on.
             projects: Whether the scheme changes the values that it keeps, by rounding say.
+            rounds: Whether rounding is all that it does to them.
             steps_per_epoch: Optimizer steps in an epoch, for schedules that count in epochs.
         """

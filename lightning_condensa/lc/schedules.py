@@ -6,6 +6,7 @@ A schedule is a small immutable value; given the number of optimizer steps of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +15,9 @@ from lightning_condensa.lc.arguments import check_int, check_range
 from lightning_condensa.lc.paper import PaperSchedule
 from lightning_condensa.lc.plan import Plan, Schedule
 from lightning_condensa.lc.ramps import Ramp, as_ramp
+
+#: L-steps in a run, and the most optimizer steps in one where weights are only rounded.
+_L_STEPS, _ROUNDING = 60, 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class LCSchedule(Schedule):
     C-step. ``docs/lc.md`` has the measurements behind the defaults.
 
     Attributes:
-        l_steps: L-steps in the L-C phase, evenly spread.
+        l_steps: L-steps in the L-C phase, evenly spread; ``None`` for 60, and more in a long run
+            whose scheme only rounds: then none is longer than eight optimizer steps.
         every_n_steps: Optimizer steps from one C-step to the next, instead of ``l_steps``.
         every_n_epochs: Epochs from one C-step to the next, instead of ``l_steps``.
         rate_start: How far weights are on the way to what the scheme rounds them to in the first
@@ -60,7 +65,7 @@ class LCSchedule(Schedule):
             weights that are pruned for good always is.
     """
 
-    l_steps: int = 60
+    l_steps: int | None = None
     every_n_steps: int | None = None
     every_n_epochs: int | None = None
     rate_start: float | None = None
@@ -75,9 +80,8 @@ class LCSchedule(Schedule):
     reset_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        check_int("l_steps", self.l_steps, 1)
         check_int("window", self.window, 1)
-        for name in ("every_n_steps", "every_n_epochs"):
+        for name in ("l_steps", "every_n_steps", "every_n_epochs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
         if self.every_n_steps is not None and self.every_n_epochs is not None:
@@ -99,16 +103,20 @@ class LCSchedule(Schedule):
         *,
         prunes: bool = True,
         projects: bool = False,
+        rounds: bool = False,
         steps_per_epoch: int | None = None,
     ) -> Plan:
         """Lay the C-steps evenly; where values are projected, they go on in the fine-tune phase."""
         l_end = round(total_steps * (1 - self.finetune)) if prunes else total_steps
         interval = self._interval(steps_per_epoch)
-        c_steps = self._c_steps(l_end, interval)
+        wanted = self.l_steps or _L_STEPS
+        if self.l_steps is None and rounds and not prunes:
+            wanted = max(wanted, math.ceil(l_end / _ROUNDING))
+        c_steps = _c_steps(l_end, interval, wanted)
         l_steps = len(c_steps) - 1
         if projects and l_end < total_steps:
             if interval is None:  # as in the L-C phase, if there is one
-                interval = max(round(l_end / l_steps if l_steps else total_steps / self.l_steps), 1)
+                interval = max(round(l_end / l_steps if l_steps else total_steps / wanted), 1)
             c_steps = (*c_steps, *range(l_end + interval, total_steps, interval), total_steps)
         ramp, ramp_steps = as_ramp(self.shape), self.ramp * l_steps
         last = max(len(c_steps) - 2, 1)  # the last C-step ends the run: no L-step follows
@@ -140,11 +148,12 @@ class LCSchedule(Schedule):
             raise ValueError("every_n_epochs needs epochs of a known length; use every_n_steps")
         return self.every_n_epochs * steps_per_epoch
 
-    def _c_steps(self, last: int, interval: int | None) -> tuple[int, ...]:
-        if interval is not None or last == 0:
-            return (*range(0, last, interval or 1), last)
-        l_steps = min(self.l_steps, last)
-        return tuple(round(i * last / l_steps) for i in range(l_steps + 1))
+
+def _c_steps(last: int, interval: int | None, wanted: int) -> tuple[int, ...]:
+    if interval is not None or last == 0:
+        return (*range(0, last, interval or 1), last)
+    l_steps = min(wanted, last)
+    return tuple(round(i * last / l_steps) for i in range(l_steps + 1))
 
 
 PRESETS: dict[str, type[LCSchedule] | type[PaperSchedule]] = {

@@ -72,6 +72,11 @@ class BoundScheme:
         """Whether a stage changes the values of weights that are kept."""
         return any(stage.order != PRUNE for stage, _ in self.stages)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether all that is done to the values of weights that are kept is to round them."""
+        return self.projects and all(s.order in (PRUNE, QUANTIZE) for s, _ in self.stages)
+
     def pi(
         self,
         weights: Mapping[str, Tensor],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lightning_condensa import (
     Compose,
     CondensaCallback,
     FilterPrune,
+    LowRank,
     NeuronPrune,
     Prune,
     Quantize,
@@ -307,6 +309,16 @@ def test_max_steps_counts_as_the_whole_run(net, trainer, loader, density, c_step
         trainer(CondensaCallback(Prune(0.125), schedule=SHORT), max_steps=11).fit(module, loader)
     assert density(module) == 0.125
     assert len(c_steps) == 7
+
+
+@pytest.mark.parametrize(
+    ("scheme", "longest"), [(Quantize("binary"), 8), (LowRank(rank=2), 9), (Prune(0.5), 7)]
+)
+def test_weights_that_are_rounded_are_so_often(
+    net, trainer, loader, c_steps, scheme, longest
+) -> None:  # type: ignore[no-untyped-def]
+    trainer(CondensaCallback(scheme), max_steps=540).fit(net(), loader)
+    assert max(b - a for a, b in pairwise(c_steps)) == longest
 
 
 @pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"max_steps": 1}])

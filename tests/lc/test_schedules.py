@@ -39,12 +39,24 @@ totals = st.one_of(st.integers(1, 10), st.integers(1, 3000))
     total=totals,
     prunes=st.booleans(),
     projects=st.booleans(),
+    rounds=st.booleans(),
     steps_per_epoch=st.integers(1, 500),
 )
 def test_every_plan_is_one_that_can_be_run(
-    schedule: LCSchedule, total: int, prunes: bool, projects: bool, steps_per_epoch: int
+    schedule: LCSchedule,
+    total: int,
+    prunes: bool,
+    projects: bool,
+    rounds: bool,
+    steps_per_epoch: int,
 ) -> None:
-    plan = schedule.plan(total, prunes=prunes, projects=projects, steps_per_epoch=steps_per_epoch)
+    plan = schedule.plan(
+        total,
+        prunes=prunes,
+        projects=projects,
+        rounds=projects and rounds,
+        steps_per_epoch=steps_per_epoch,
+    )
     assert plan.c_steps[0] == 0
     assert all(a < b for a, b in pairwise(plan.c_steps))
     assert plan.c_steps[-1] <= total
@@ -76,6 +88,27 @@ def test_l_steps_are_evenly_spread(total: int, l_steps: int, finetune: float) ->
     assert len(lengths) == min(l_steps, plan.l_end)
     if lengths:
         assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("total", [1, 59, 60, 61, 480, 481, 3000])
+def test_a_scheme_that_only_rounds_has_no_long_l_step(total: int) -> None:
+    plan = LCSchedule().plan(total, prunes=False, projects=True, rounds=True)
+    lengths = [b - a for a, b in pairwise(plan.c_steps)]
+    assert len(lengths) >= min(60, total)
+    assert max(lengths) == (1 if total <= 60 else min(8, math.ceil(total / 60)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, {"prunes": False, "projects": True}),  # singular values are dear
+        ({}, {"prunes": True, "projects": True, "rounds": True}),
+        ({"l_steps": 60}, {"prunes": False, "projects": True, "rounds": True}),
+    ],
+)
+def test_others_have_sixty_l_steps(fields: dict[str, Any], options: dict[str, bool]) -> None:
+    plan = LCSchedule(**fields).plan(3000, **options)
+    assert plan.c_steps.index(plan.l_end) == 60
 
 
 @given(total=totals, every=st.integers(1, 400), finetune=shares, projects=st.booleans())

@@ -10,10 +10,12 @@ import yaml
 from torch import nn
 
 from lightning_condensa import (
+    Add,
     BlockPrune,
     Codebook,
     Compose,
     FilterPrune,
+    LowRank,
     NeuronPrune,
     NMPrune,
     Prune,
@@ -35,6 +37,22 @@ def network() -> nn.Module:
         nn.Flatten(), nn.Linear(96, 32), nn.ReLU(), nn.Linear(32, 12),
     )  # fmt: skip
     return filled(nn.ModuleDict({"layers": layers}))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounds"),
+    [
+        (Quantize("binary"), True),
+        (Codebook(2), True),
+        (Compose([Prune(0.5), Quantize("int8")]), True),
+        (Prune(0.5), False),
+        (LowRank(rank=2), False),
+        (Compose([LowRank(rank=2), Quantize("int8")]), False),
+        (Add([Codebook(2), Prune(0.1)]), False),
+    ],
+)
+def test_whether_rounding_is_all_that_happens_to_what_is_kept(scheme: Scheme, rounds: bool) -> None:
+    assert scheme.bind(network()).rounds == rounds
 
 
 def test_each_stage_changes_its_own_layers() -> None:
