@@ -95,6 +95,19 @@ def choose(name: str, dense: DenseLayer, call: Call | None) -> tuple[nn.Module, 
     return layers[method], row(method, speedup, seconds, reason)
 
 
+def share_threads(joined: DirectLayer, x: Tensor) -> bool:
+    """Whether layers in a row are faster if all of them run in all threads.
+
+    Alone a small one may be faster in one thread: then the others are not awake yet.
+    """
+    shared = joined.shared()
+    if shared is joined:
+        return False
+    functions = {"chosen": partial(joined, x), "shared": partial(shared, x)}
+    measured = compare(functions, min_seconds=_SECONDS)
+    return measured.speedup("shared", "chosen").median > 1
+
+
 def _why_not(layer: nn.Conv2d | nn.Linear, density: float, call: Call | None) -> str:
     if call is None:
         return "is not called on the example"
@@ -121,7 +134,7 @@ def _candidates(dense: DenseLayer) -> tuple[dict[str, SparseLayer], str]:
     try:
         found["direct"] = DirectLayer(dense)
         if torch.get_num_threads() > 1:  # a small layer is done before other threads are awake
-            found["direct, one thread"] = DirectLayer(dense, threads=1)
+            found["direct, one thread"] = DirectLayer(dense, alone=True)
     except KernelUnavailableError as error:
         return found, str(error)
     return found, ""

@@ -47,8 +47,8 @@ def load_library() -> ctypes.CDLL:
     library.sparse_scratch.argtypes, library.sparse_scratch.restype = [pointer], integer
     library.sparse_block.argtypes, library.sparse_block.restype = [pointer, integer], integer
     library.sparse_group.argtypes, library.sparse_group.restype = [pointer, integer], integer
-    library.sparse_forward.argtypes = [*9 * [pointer], integer, integer, integer]
-    library.sparse_forward.restype = None
+    library.sparse_run.argtypes = [*3 * [pointer], *2 * [integer], pointer, *2 * [integer]]
+    library.sparse_run.restype = None
     return library
 
 

@@ -1,7 +1,8 @@
-"""Find the layers that can be exchanged, together with the batch norm, ReLU and pool after them."""
+"""Find the layers that can be exchanged with what follows them, and join those in a row."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from lightning_condensa.deploy.sparse.direct import DirectLayer
 from lightning_condensa.deploy.sparse.layers import DenseLayer, Epilogue
 
 _RELUS = (torch.relu, functional.relu, "relu")
@@ -44,6 +46,43 @@ def gather_layers(module: nn.Module, *, trace: bool) -> nn.Module:
     for name, child in list(module.named_children()):
         setattr(module, name, gather_layers(child, trace=trace))
     return module
+
+
+def join_layers(module: nn.Module) -> dict[str, list[str]]:
+    """Make one of layers on the kernel that follow each other in what was traced, in place.
+
+    Returns:
+        Names of the layers in each one that stands for several, by its own: that of the first.
+    """
+    found: dict[str, list[str]] = {}
+    for name, part in list(module.named_modules()):
+        if isinstance(part, fx.GraphModule):
+            prefix = f"{name}." if name else ""
+            found |= {prefix + names[0]: [prefix + n for n in names] for names in _join_in(part)}
+    return found
+
+
+def _join_in(traced: fx.GraphModule) -> list[list[str]]:
+    rows = []
+    called = Counter(node.target for node in traced.graph.nodes)
+    for node in list(traced.graph.nodes):
+        first = _module(traced, node)
+        if called[node.target] > 1 or not isinstance(first, DirectLayer):
+            continue
+        names = [str(node.target)]
+        while (following := _next(node)) is not None and called[following.target] == 1:
+            second = _module(traced, following)
+            if not isinstance(second, DirectLayer) or second.dims != first.dims:
+                break
+            first = first.then(second)
+            names.append(str(following.target))
+            _drop_next(node)
+        if len(names) > 1:
+            traced.set_submodule(names[0], first)
+            rows.append(names)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return rows
 
 
 def _is_layer(module: nn.Module | None) -> bool:

@@ -18,9 +18,9 @@
 #include <omp.h>
 #endif
 
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
+/* Not 16 on AVX-512: shifted copies start anywhere, so that every load of 64 bytes takes in two cache
+ * lines, and positions are rounded up to whole vectors. */
+#if defined(__AVX__)
 #define LANES 8
 #else
 #define LANES 4
@@ -288,7 +288,7 @@ static int64_t tile_vectors(const geometry *g) {
     return ceil_div(vectors, ceil_div(vectors, most));
 }
 
-/* Floats of working memory that sparse_forward needs. */
+/* Floats of working memory that a layer needs. */
 int64_t sparse_scratch(const geometry *g) {
     return laid_out(g) + LANES + g->filters * padded_positions(g);
 }
@@ -310,20 +310,73 @@ int64_t sparse_block(const geometry *g, int64_t weights) {
     return ceil_div(g->channels, blocks);
 }
 
-/* Weights are sorted by block of channels, then by filter: filter f has those of block b in
- * [starts[b * filters + f], starts[b * filters + f + 1]), and totals[f] weights come before f. */
-void sparse_forward(const float *x, float *y, float *scratch, const int64_t *totals,
-                    const int64_t *starts, const int32_t *offset, const float *weight,
-                    const float *bias, const geometry *g, int64_t samples, int64_t blocks,
-                    int64_t threads) {
+/* One layer. Weights are sorted by block of channels, then by filter: filter f has those of block b
+ * in [starts[b * filters + f], starts[b * filters + f + 1]), and totals[f] weights come before f.
+ * Mirrored field by field in direct.py. */
+typedef struct {
+    const int64_t *totals, *starts;
+    const int32_t *offset;
+    const float *weight, *bias;
+    const geometry *g;
+    int64_t samples, blocks;
+    int64_t alone;                             /* 1 if one thread works it off, else 0 */
+} layer;
+
+static void barrier(int64_t parts) {
+#ifdef _OPENMP
+    if (parts > 1) {
+#pragma omp barrier
+    }
+#endif
+}
+
+/* A part of a layer; all parts run at the same time. */
+static void forward(const float *x, float *y, float *scratch, const layer *l, int64_t part,
+                    int64_t parts) {
+    const geometry *g = l->g;
     int64_t positions = count_positions(g), padded = padded_positions(g);
     int64_t vectors = padded / LANES, in_tile = tile_vectors(g);
     int64_t inputs = g->channels * g->height * g->width;
     int64_t outputs = g->filters * (g->out_height / g->pool) * (g->out_width / g->pool);
+    int64_t from = share(l->totals, g->filters, part, parts);
+    int64_t to = share(l->totals, g->filters, part + 1, parts);
+    int64_t first = g->channels * part / parts, last = g->channels * (part + 1) / parts;
     float *sums = scratch + laid_out(g) + LANES;
-    memset(sums - LANES, 0, LANES * sizeof(float)); /* the last tile reads so far */
+    if (l->samples == 1 && is_matrix(g)) {
+        dot_products(x, y, l->starts, l->offset, l->weight, l->bias, g->relu, from, to);
+        return;
+    }
+    if (part == 0) memset(sums - LANES, 0, LANES * sizeof(float)); /* the last tile reads so far */
+    for (int64_t n = 0; n < l->samples; n += g->samples) {
+        int64_t count = l->samples - n < g->samples ? l->samples - n : g->samples;
+        lay_out(x + n * inputs, count, scratch, g, first, last);
+        barrier(parts);
+        for (int64_t v = 0; v < vectors; v += in_tile) {
+            int64_t p = v * LANES;
+            int64_t wide = vectors - v < in_tile ? vectors - v : in_tile;
+            tile multiply = positions - p <= LANES / 2 ? TILES[0] : TILES[wide];
+            for (int64_t f = from; f < to; f++)
+                for (int64_t q = p; q < p + wide * LANES; q++) sums[f * padded + q] = l->bias[f];
+            for (int64_t b = 0; b < l->blocks; b++) {
+                const int64_t *s = l->starts + b * g->filters;
+                for (int64_t f = from; f < to; f++)
+                    multiply(scratch + p, l->offset + s[f], l->weight + s[f], s[f + 1] - s[f],
+                             sums + f * padded + p);
+            }
+        }
+        write_out(sums, y + n * outputs, count, g, from, to);
+        if (n + count < l->samples) barrier(parts);
+    }
+}
+
+/* Layers one after the other. What lies between them is in two buffers of `length` floats, in turn,
+ * that follow the working memory of `scratch` floats. */
+void sparse_run(const float *x, float *y, float *memory, int64_t scratch, int64_t length,
+                const layer *layers, int64_t count, int64_t threads) {
+    int64_t shared = 0;
+    for (int64_t i = 0; i < count; i++) shared += !layers[i].alone;
 #ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && shared)
 #endif
     {
         int64_t part = 0, parts = 1;
@@ -331,37 +384,16 @@ void sparse_forward(const float *x, float *y, float *scratch, const int64_t *tot
         part = omp_get_thread_num();
         parts = omp_get_num_threads();
 #endif
-        int64_t from = share(totals, g->filters, part, parts);
-        int64_t to = share(totals, g->filters, part + 1, parts);
-        int64_t first = g->channels * part / parts, last = g->channels * (part + 1) / parts;
-        for (int64_t n = 0; n < samples; n += g->samples) {
-            int64_t count = samples - n < g->samples ? samples - n : g->samples;
-            if (samples == 1 && is_matrix(g)) {
-                dot_products(x, y, starts, offset, weight, bias, g->relu, from, to);
-                continue;
-            }
-            lay_out(x + n * inputs, count, scratch, g, first, last);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-            for (int64_t v = 0; v < vectors; v += in_tile) {
-                int64_t p = v * LANES;
-                int64_t wide = vectors - v < in_tile ? vectors - v : in_tile;
-                tile multiply = positions - p <= LANES / 2 ? TILES[0] : TILES[wide];
-                for (int64_t f = from; f < to; f++)
-                    for (int64_t q = p; q < p + wide * LANES; q++) sums[f * padded + q] = bias[f];
-                for (int64_t b = 0; b < blocks; b++) {
-                    const int64_t *s = starts + b * g->filters;
-                    for (int64_t f = from; f < to; f++)
-                        multiply(scratch + p, offset + s[f], weight + s[f], s[f + 1] - s[f],
-                                 sums + f * padded + p);
-                }
-            }
-            write_out(sums, y + n * outputs, count, g, from, to);
-            if (n + count == samples) break;
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+        const float *from = x;
+        for (int64_t i = 0; i < count; i++) {
+            const layer *l = layers + i;
+            float *to = i + 1 == count ? y : memory + scratch + i % 2 * length;
+            if (!l->alone)
+                forward(from, to, memory, l, part, parts);
+            else if (part == 0)
+                forward(from, to, memory, l, 0, 1);
+            if (i + 1 < count) barrier(parts);
+            from = to;
         }
     }
 }

@@ -53,6 +53,10 @@ class SparseLayer(nn.Module, ABC):
 
     Args:
         dense: What it stands for.
+
+    Attributes:
+        dims: Of its inputs and outputs: 4 for a convolution, 2 for a linear layer, which takes all
+            but the last as one.
     """
 
     def __init__(self, dense: DenseLayer) -> None:
@@ -60,7 +64,7 @@ class SparseLayer(nn.Module, ABC):
         self.epilogue = dense.epilogue
         self.layer_name = str(dense.layer)
         layer = dense.layer
-        self._dims = 4 if isinstance(layer, nn.Conv2d) else 2
+        self.dims = 4 if isinstance(layer, nn.Conv2d) else 2
         self._channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
 
     def forward(self, input: Tensor) -> Tensor:
@@ -71,17 +75,17 @@ class SparseLayer(nn.Module, ABC):
             ValueError: If it is not float32 on the CPU, or has another number of channels.
         """
         x = input
-        axis = 1 - self._dims
+        axis = 1 - self.dims
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a sparse layer gives no gradients: train the dense model instead")
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(
                 f"a sparse layer takes float32 on the CPU, got {x.dtype} on {x.device}"
             )
-        dims = (3, 4) if self._dims == 4 else range(1, x.dim() + 1)
+        dims = (3, 4) if self.dims == 4 else range(1, x.dim() + 1)
         if x.dim() not in dims or x.shape[axis] != self._channels:
             raise ValueError(f"{self.layer_name} can't take an input of shape {tuple(x.shape)}")
-        if self._dims == 4:
+        if self.dims == 4:
             return self._product(x) if x.dim() == 4 else self._product(x.unsqueeze(0)).squeeze(0)
         if x.dim() == 2:
             return self._product(x)

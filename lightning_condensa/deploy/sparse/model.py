@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from lightning_condensa.deploy.sparse.choice import (
     SparseRow,
     choose,
     density_of,
+    share_threads,
 )
-from lightning_condensa.deploy.sparse.fusion import gather_layers
+from lightning_condensa.deploy.sparse.direct import DirectLayer
+from lightning_condensa.deploy.sparse.fusion import gather_layers, join_layers
 from lightning_condensa.deploy.sparse.layers import DenseLayer
 from lightning_condensa.deploy.sparse.report import SparseReport
 from lightning_condensa.deploy.threads import check_threads, torch_threads
@@ -138,16 +141,22 @@ def _gather(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> nn.Module
 
 
 def _exchange(gathered: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[SparseRow]]:
-    """Exchange the gathered layers for the fastest ones."""
+    """Exchange the gathered layers for the fastest ones, and join those in a row."""
     holder = nn.ModuleDict({"root": gathered})
     layers = {n: m for n, m in holder.named_modules() if isinstance(m, DenseLayer)}
     calls = _record(layers, gathered, inputs)
-    rows = []
+    rows = {}
     for name, layer in layers.items():
         chosen, row = choose(name.removeprefix("root").removeprefix("."), layer, calls.get(name))
         holder.set_submodule(name, chosen)
-        rows.append(row)
-    return holder["root"], rows
+        rows[name] = row
+    for name, names in join_layers(holder).items():
+        joined = holder.get_submodule(name)
+        assert isinstance(joined, DirectLayer)
+        if share_threads(joined, calls[name][0]):
+            holder.set_submodule(name, joined.shared())
+            rows |= {n: replace(rows[n], method="direct") for n in names}
+    return holder["root"], list(rows.values())
 
 
 def _record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import reduce
 
 import pytest
 import torch
@@ -144,6 +145,40 @@ def test_a_layer_serves_one_shape_after_another() -> None:
         torch.testing.assert_close(ours(x), dense(x), rtol=1e-5, atol=1e-5)
 
 
+CONVOLUTIONS = [
+    (nn.Conv2d(3, 20, 3, padding=1), Epilogue(True, 2)),
+    (nn.Conv2d(20, 9, (1, 3), 2), Epilogue(True)),
+    (nn.Conv2d(9, 33, 2, dilation=2), PLAIN),
+]
+MATRICES = [(nn.Linear(n, 70), Epilogue(True)) for n in (40, 70, 70)] + [(nn.Linear(70, 5), PLAIN)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("layers", "shapes"),
+    [
+        (
+            CONVOLUTIONS,
+            [(1, 3, 14, 17), (5, 3, 14, 17), (3, 14, 17), (0, 3, 14, 17), (20, 3, 12, 15)],
+        ),
+        (MATRICES, [(1, 40), (7, 40), (2, 3, 40)]),
+    ],
+    ids=["convolutions", "matrices"],
+)
+def test_layers_in_a_row_change_no_bit(layers, shapes, threads: int) -> None:
+    dense = [DenseLayer(sparse_layer(layer, 0.3), epilogue) for layer, epilogue in layers]
+    parts = [DirectLayer(d, alone=i == 1) for i, d in enumerate(dense)]
+    joined = reduce(DirectLayer.then, parts)
+    with torch_threads(threads):
+        for x in map(torch.randn, shapes):
+            wanted = reduce(lambda y, part: part(y), parts, x)
+            for ours in (joined, joined.shared(), deepcopy(joined)):
+                for _ in range(5):
+                    assert torch.equal(ours(x), wanted)
+    assert (shared := joined.shared()) is not joined and shared.shared() is shared
+    assert parts[0].shared() is parts[0]
+
+
 @pytest.mark.parametrize("make", [DirectLayer, MatrixLayer, lambda d: MatrixLayer(d, 4)])
 def test_copies_outlive_the_original(make: Callable[[DenseLayer], SparseLayer]) -> None:
     dense = DenseLayer(sparse_layer(nn.Linear(32, 20), 0.3), PLAIN)
@@ -151,9 +186,14 @@ def test_copies_outlive_the_original(make: Callable[[DenseLayer], SparseLayer]) 
     ours = make(dense)
     wanted = ours(x)
     copy = deepcopy(ours)
-    for value in vars(ours).values():
-        if isinstance(value, Tensor):
-            (value if value.layout == torch.strided else value.values()).zero_()
+    held = [
+        *vars(ours).values(),
+        *(v for w in getattr(ours, "_layers", ()) for v in vars(w).values()),
+    ]
+    tensors = [value for value in held if isinstance(value, Tensor)]
+    assert len(tensors) >= 2
+    for value in tensors:
+        (value if value.layout == torch.strided else value.values()).zero_()
     del ours
     assert torch.equal(copy(x), wanted)
 

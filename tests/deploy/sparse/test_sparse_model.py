@@ -15,8 +15,9 @@ from lightning_condensa import CompressedModel, FilterPrune, Prune, SparseModel
 from lightning_condensa.deploy import SparseMismatchError, compare, to_sparse
 from lightning_condensa.deploy.sparse.choice import _check, _fastest
 from lightning_condensa.deploy.sparse.direct import DirectLayer
-from lightning_condensa.deploy.sparse.fusion import gather_layers
+from lightning_condensa.deploy.sparse.fusion import gather_layers, join_layers
 from lightning_condensa.deploy.sparse.layers import DenseLayer, Epilogue
+from lightning_condensa.deploy.threads import torch_threads
 from lightning_condensa.deploy.timing import Comparison
 
 
@@ -179,6 +180,58 @@ def test_what_a_layer_does_not_take_in(following: nn.Module) -> None:
         torch.testing.assert_close(all_direct(module, x)(x), module(x), rtol=1e-4, atol=1e-5)
 
 
+class Rows(nn.Module):
+    """Layers that follow each other, and some that do not, though they seem to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.columns = nn.Linear(6, 6)
+        self.more = nn.Linear(6, 6)
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(self.b(self.a(x).relu()))
+        x = self.twice(self.twice(x) + x)
+        return self.more(self.columns(self.inner(x)))
+
+
+def test_layers_in_a_row_become_one() -> None:
+    module = prepared(Rows())
+    holder = nn.ModuleList([gather_layers(deepcopy(module), trace=True)])
+    for name, part in list(holder.named_modules()):
+        if isinstance(part, DenseLayer):
+            holder.set_submodule(name, DirectLayer(part))
+    assert join_layers(holder) == {
+        "0.a": ["0.a", "0.b", "0.c"],
+        "0.inner.0": ["0.inner.0", "0.inner.2"],
+        "0.columns": ["0.columns", "0.more"],
+    }
+    left = {n for n, m in holder.named_modules() if isinstance(m, DirectLayer)}
+    assert left == {"0.a", "0.twice", "0.inner.0", "0.columns"}
+    for samples in (1, 3):
+        x = torch.randn(samples, 4, 6, 6)
+        with torch.no_grad():
+            torch.testing.assert_close(holder[0](x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_that_others_use_is_not_passed_over() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.c(self.b(y)) + y
+
+    holder = nn.ModuleList([gather_layers(prepared(Skip()), trace=True)])
+    for name in ("0.a", "0.b"):  # c stays as it is
+        holder.set_submodule(name, DirectLayer(holder.get_submodule(name)))
+    assert join_layers(holder) == {}
+
+
 def test_an_output_that_is_used_twice_stays_as_it_is() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -275,7 +328,8 @@ def test_a_layer_may_leave_threads_idle() -> None:
     sparse = compressed.to_sparse(x, threads=2)
     assert {"direct", "direct, one thread"} <= sparse.report.rows[0].seconds.keys()
     layer = DenseLayer(compressed.module[0], Epilogue())
-    alone, all_threads = (DirectLayer(layer, threads=t)(x) for t in (1, 3))
+    with torch_threads(3):
+        alone, all_threads = (DirectLayer(layer, alone=a)(x) for a in (True, False))
     assert torch.equal(alone, all_threads)
 
 
