@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from lightning_condensa.deploy.checked_json import (
     dump_json,
@@ -79,6 +80,26 @@ def read_container(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, 
         PackedFileError: If it is not such a file, is of another version, is cut, or its hash
             does not fit its content.
     """
+    metadata, blobs, check_hash = open_container(data)
+    check_hash()
+    return metadata, blobs
+
+
+def open_container(
+    data: bytes | memoryview,
+) -> tuple[dict[str, str], dict[str, memoryview], Callable[[], None]]:
+    """The same before the hash is known, which is computed in another thread meanwhile.
+
+    Args:
+        data: The file.
+
+    Returns:
+        The metadata without the reserved keys, views of the blobs, and what waits for the hash and
+        raises where it does not fit.
+
+    Raises:
+        PackedFileError: If it is not such a file, is of another version, or is cut.
+    """
     header, body = _split_header(memoryview(data))
     metadata = dict(texts(header.pop("__metadata__", {}), "the metadata"))
     if metadata.get("format") != FORMAT:
@@ -89,9 +110,15 @@ def read_container(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, 
         )
     blobs = _split_blobs(header, body)
     given = metadata.pop("hash", None)
-    if given != content_hash(metadata, blobs):
-        raise PackedFileError("the hash does not fit the content: the file is damaged or edited")
-    return {key: text for key, text in metadata.items() if key not in RESERVED}, blobs
+    pool = ThreadPoolExecutor(1)
+    computed = pool.submit(content_hash, metadata, blobs)
+    pool.shutdown(wait=False)
+
+    def check_hash() -> None:
+        if given != computed.result():
+            raise PackedFileError("the hash does not fit the content: the file is damaged or edited")
+
+    return {k: text for k, text in metadata.items() if k not in RESERVED}, blobs, check_hash
 
 
 def content_hash(metadata: Mapping[str, str], blobs: Mapping[str, bytes | memoryview]) -> str:

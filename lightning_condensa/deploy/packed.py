@@ -193,6 +193,7 @@ def inspect_packed(
     with naming(path):
         data = _file_bytes(path, max_bytes)
         reader = PackedReader(data)
+        reader.verify()
     return describe(reader.spec, reader.metadata, len(data))
 
 
@@ -233,6 +234,8 @@ def load_tensors(
     known = [entry.name for entry in reader.spec.entries]
     names = [*known, *aliases] if names is None else list(names)
     if unknown := sorted(set(names) - {*known, *aliases}):
+        with naming(path):
+            reader.verify()
         raise KeyError(f"{path} holds no tensors named {', '.join(map(ascii, unknown))}")
     owners = {name: aliases.get(name, name) for name in names}
     with naming(path), within_memory():
@@ -244,14 +247,14 @@ def load_tensors(
 def open_packed(
     path: str | os.PathLike[str], *, max_bytes: int = DEFAULT_MAX_BYTES
 ) -> PackedReader:
-    """Read a packed file, and check all but its tensors.
+    """Read a packed file, and check all but its tensors and its hash, which they wait for.
 
     Args:
         path: The file.
         max_bytes: The most that it may have.
 
     Raises:
-        PackedFileError: If it is not a packed file, or damaged; the message names it.
+        PackedFileError: If it is not a packed file; the message names it.
         OSError: If it cannot be read.
     """
     with naming(path):

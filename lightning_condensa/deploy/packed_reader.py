@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
-from lightning_condensa.deploy.container import read_container
+from lightning_condensa.deploy.container import open_container
 from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.spec import (
     CombinedEntry,
@@ -23,11 +24,13 @@ from lightning_condensa.deploy.stream_reader import StreamReader
 class PackedReader:
     """The content of a packed file.
 
+    Its hash is computed meanwhile: until `verify` or `tensors` was called, the file may be damaged.
+
     Args:
         data: The file.
 
     Raises:
-        PackedFileError: If it is foreign, cut, damaged or inconsistent.
+        PackedFileError: If it is foreign, cut or inconsistent.
 
     Attributes:
         metadata: The user's.
@@ -38,11 +41,20 @@ class PackedReader:
     spec: Spec
 
     def __init__(self, data: bytes) -> None:
-        self.metadata, blobs = read_container(data)
-        if set(blobs) != {"spec", "data"}:
-            raise PackedFileError(f"must hold spec and data, holds {sorted(blobs)!a}")
-        self._data = blobs["data"]
-        self.spec = parse_spec(blobs["spec"], len(self._data))
+        self.metadata, blobs, self._check_hash = open_container(data)
+        with self._damage_first():
+            if set(blobs) != {"spec", "data"}:
+                raise PackedFileError(f"must hold spec and data, holds {sorted(blobs)!a}")
+            self._data = blobs["data"]
+            self.spec = parse_spec(blobs["spec"], len(self._data))
+
+    def verify(self) -> None:
+        """Wait for the hash.
+
+        Raises:
+            PackedFileError: If the file is damaged.
+        """
+        self._check_hash()
 
     def tensors(
         self, *, max_bytes: int, names: Collection[str] | None = None
@@ -57,9 +69,16 @@ class PackedReader:
             They, in the order of the file.
 
         Raises:
-            PackedFileError: If words contradict the spec, or they take more memory.
+            PackedFileError: If the file is damaged, words contradict the spec, or they take more
+                memory.
             ImportError: If they are compressed with zstd and zstandard is not installed.
         """
+        with self._damage_first():
+            found = self._taken(max_bytes, names)
+        self.verify()
+        return found
+
+    def _taken(self, max_bytes: int, names: Collection[str] | None) -> dict[str, StoredTensor]:
         wanted = [e for e in self.spec.entries if names is None or e.name in names]
         if (memory := memory_of(self.spec.entries, wanted)) > max_bytes:
             raise PackedFileError(f"unpacking takes {memory} bytes, max_bytes is {max_bytes}")
@@ -74,6 +93,15 @@ class PackedReader:
         except MemoryError:
             raise PackedFileError(f"not enough memory: unpacking takes {memory} bytes") from None
         return found
+
+    @contextmanager
+    def _damage_first(self) -> Iterator[None]:
+        """What is found wrong within may come of damage, which is then what the error says."""
+        try:
+            yield
+        except PackedFileError:
+            self.verify()
+            raise
 
 
 def memory_of(entries: Iterable[Entry], wanted: Iterable[Entry]) -> int:
