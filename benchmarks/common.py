@@ -51,12 +51,19 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
+        "vnni": has_vnni(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
         "versions": _versions(),
     }
+
+
+def has_vnni() -> bool:
+    """Whether the processor has 8-bit dot products that do not saturate (x86, on Linux)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "vnni" in cpuinfo.read_text()
 
 
 def write_results(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:

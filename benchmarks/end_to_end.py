@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from common import RESULTS, environment, read_results, silence, update_results
 from networks import resnet8, vgg
 from onnx import numpy_helper
+from ort import session
 from peers import fit
 from safetensors.torch import save_file
 from tasks import SCRATCH, TASKS, Start, TaskModule, dense_start
@@ -86,15 +86,6 @@ def without_autocast(compressed: CompressedModel, start: Start) -> CompressedMod
         compressed.scheme,
         plan,  # type: ignore[arg-type]
     )
-
-
-def session(path: Path) -> Any:
-    """ONNX Runtime on one thread."""
-    options = onnxruntime.SessionOptions()
-    # Exact where a processor has no 8-bit dot products, too: see docs/export.md.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def accuracy(path: Path, data: TensorDataset) -> float:

@@ -24,7 +24,7 @@ def sparse_execution() -> str | None:
     networks = list(dict.fromkeys(r["network"] for r in results["summary"]))
     note = (
         f"\nMilliseconds, median of {_repeats(results)} repeats, and times faster than ONNX "
-        "Runtime (median, and range of repeats), in rounds in which every engine runs once.\n"
+        "Runtime (median, and range of repeats), in rounds in which every engine has a turn.\n"
     )
     return "\n".join(_network(results, n) for n in networks) + note + source(results)
 
@@ -92,7 +92,7 @@ def deploy() -> str | None:
     notes = "".join(f" torch-pruning on {n}: `{why}`." for n, why in failed.items())
     note = (
         "\nTimes faster than the dense network in the same engine at batch 1 and 16 on one thread, "
-        "medians of rounds in which both run once; *limit*: dense operations over those left; "
+        "medians of rounds in which both have a turn; *limit*: dense operations over those left; "
         f"*file*: the packed file against dense safetensors.{notes}\n"
     )
     return table(header, rows) + note + source(results)
