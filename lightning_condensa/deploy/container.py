@@ -116,7 +116,9 @@ def open_container(
 
     def check_hash() -> None:
         if given != computed.result():
-            raise PackedFileError("the hash does not fit the content: the file is damaged or edited")
+            raise PackedFileError(
+                "the hash does not fit the content: the file is damaged or edited"
+            )
 
     return {k: text for k, text in metadata.items() if k not in RESERVED}, blobs, check_hash
 
