@@ -12,6 +12,7 @@ from lightning_condensa.deploy.errors import PackedFileError
 from lightning_condensa.deploy.packed import (
     Packed,
     inspect_packed,
+    load_tensors,
     pack,
     read_packed,
     unpack,
@@ -142,3 +143,21 @@ def test_missing_files_are_os_errors(tmp_path: Path) -> None:
         read_packed(tmp_path / "none.condensa")
     with pytest.raises(FileNotFoundError):
         write_packed(tmp_path / "none" / "m.condensa", Packed())
+
+
+@pytest.mark.parametrize("part", ["spec", "data"])
+def test_damage_is_what_the_error_tells(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "m.condensa"
+    write_packed(path, Packed(rest={"a": torch.ones(5)}))
+    data = bytearray(path.read_bytes())
+    # The spec comes first, after the header and its length.
+    data[8 + int.from_bytes(data[:8], "little") if part == "spec" else -1] ^= 1
+    path.write_bytes(data)
+    for read in (
+        inspect_packed,
+        read_packed,
+        load_tensors,
+        lambda file: load_tensors(file, ["absent"]),
+    ):
+        with pytest.raises(PackedFileError, match="the hash does not fit"):
+            read(path)

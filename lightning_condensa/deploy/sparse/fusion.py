@@ -65,7 +65,7 @@ def join_layers(module: nn.Module) -> dict[str, list[str]]:
 def _join_in(traced: fx.GraphModule) -> list[list[str]]:
     rows = []
     called = Counter(node.target for node in traced.graph.nodes)
-    for node in list(traced.graph.nodes):
+    for node in traced.graph.nodes:  # without those that are dropped meanwhile
         first = _module(traced, node)
         if called[node.target] > 1 or not isinstance(first, DirectLayer):
             continue

@@ -18,7 +18,7 @@ from lightning_condensa.deploy.sparse.direct import DirectLayer
 from lightning_condensa.deploy.sparse.fusion import gather_layers, join_layers
 from lightning_condensa.deploy.sparse.layers import DenseLayer, Epilogue
 from lightning_condensa.deploy.threads import torch_threads
-from lightning_condensa.deploy.timing import Comparison
+from lightning_condensa.deploy.timing import Comparison, Ratio
 
 
 class Residual(pl.LightningModule):
@@ -331,6 +331,22 @@ def test_a_layer_may_leave_threads_idle() -> None:
     with torch_threads(3):
         alone, all_threads = (DirectLayer(layer, alone=a)(x) for a in (True, False))
     assert torch.equal(alone, all_threads)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_report_says_in_how_many_threads_a_row_runs(
+    monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    alone = ("direct, one thread", Ratio(2.0, 2.0, 2.0))
+    monkeypatch.setattr("lightning_condensa.deploy.sparse.choice._fastest", lambda _: alone)
+    monkeypatch.setattr("lightning_condensa.deploy.sparse.model.share_threads", lambda *_: share)
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    sparse = CompressedModel.compress(module, Prune(0.1)).to_sparse(torch.randn(2, 64), threads=2)
+    joined = sparse.module.get_submodule("0")
+    assert isinstance(joined, DirectLayer)
+    assert (joined.shared() is joined) == share
+    wanted = "direct" if share else "direct, one thread"
+    assert [(row.name, row.method) for row in sparse.report.rows] == [("0", wanted), ("2", wanted)]
 
 
 def test_only_what_wins_by_measurement_is_exchanged() -> None:
