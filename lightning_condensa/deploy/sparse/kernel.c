@@ -12,6 +12,7 @@
  * few outputs for a tile.
  */
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef _OPENMP
@@ -50,18 +51,18 @@ typedef struct {
     int64_t pool;                              /* side of the max pooling, 1 for none */
 } geometry;
 
-typedef void (*tile)(const float *, const int32_t *, const float *, int64_t, float *);
+typedef void (*tile)(const float *, const int32_t *, const float *, int64_t, const float *,
+                     float *);
 
 /* T vectors of output positions; U weights at a time, so that enough sums are under way to hide
- * the latency of an addition. */
+ * the latency of an addition. Sums start from the bias, or go on from y where it is NULL. */
 #define TILE(NAME, VECTOR, T, U)                                                                  \
     static void NAME(const float *x, const int32_t *offset, const float *weight, int64_t n,       \
-                     float *y) {                                                                  \
+                     const float *bias, float *y) {                                               \
         enum { STEP = sizeof(VECTOR) / sizeof(float) };                                           \
-        VECTOR sum[U][T];                                                                         \
-        _Pragma("GCC unroll 16") for (int u = 0; u < U; u++)                                      \
-            _Pragma("GCC unroll 16") for (int t = 0; t < T; t++)                                  \
-                sum[u][t] = u == 0 ? *(const VECTOR *)(y + t * STEP) : (VECTOR){0};               \
+        VECTOR sum[U][T] = {0};                                                                   \
+        _Pragma("GCC unroll 16") for (int t = 0; t < T; t++)                                      \
+            sum[0][t] = bias ? *bias + (VECTOR){0} : *(const VECTOR *)(y + t * STEP);             \
         int64_t j = 0;                                                                            \
         for (; j + U <= n; j += U)                                                                \
             _Pragma("GCC unroll 16") for (int u = 0; u < U; u++)                                  \
@@ -355,13 +356,11 @@ static void forward(const float *x, float *y, float *scratch, const layer *l, in
             int64_t p = v * LANES;
             int64_t wide = vectors - v < in_tile ? vectors - v : in_tile;
             tile multiply = positions - p <= LANES / 2 ? TILES[0] : TILES[wide];
-            for (int64_t f = from; f < to; f++)
-                for (int64_t q = p; q < p + wide * LANES; q++) sums[f * padded + q] = l->bias[f];
             for (int64_t b = 0; b < l->blocks; b++) {
                 const int64_t *s = l->starts + b * g->filters;
                 for (int64_t f = from; f < to; f++)
                     multiply(scratch + p, l->offset + s[f], l->weight + s[f], s[f + 1] - s[f],
-                             sums + f * padded + p);
+                             b == 0 ? l->bias + f : NULL, sums + f * padded + p);
             }
         }
         write_out(sums, y + n * outputs, count, g, from, to);
