@@ -23,6 +23,7 @@ from lightning_condensa.deploy.sparse import (
     SparseModel,
     SparseReport,
     SparseRow,
+    to_semi_structured,
     to_sparse,
 )
 from lightning_condensa.deploy.timing import Comparison, Ratio, Timing, compare
@@ -56,6 +57,7 @@ __all__ = [
     "pack",
     "profile",
     "read_packed",
+    "to_semi_structured",
     "to_sparse",
     "plan_from_json",
     "plan_to_json",

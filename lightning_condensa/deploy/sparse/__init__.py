@@ -4,6 +4,7 @@ from lightning_condensa.deploy.sparse.choice import SparseMismatchError, SparseR
 from lightning_condensa.deploy.sparse.compiler import KernelUnavailableError
 from lightning_condensa.deploy.sparse.model import SparseModel, to_sparse
 from lightning_condensa.deploy.sparse.report import SparseReport
+from lightning_condensa.deploy.sparse.semi_structured import to_semi_structured
 
 __all__ = [
     "KernelUnavailableError",
@@ -11,5 +12,6 @@ __all__ = [
     "SparseModel",
     "SparseReport",
     "SparseRow",
+    "to_semi_structured",
     "to_sparse",
 ]

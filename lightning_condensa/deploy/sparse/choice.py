@@ -11,15 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_condensa.deploy.sparse.calls import Call
 from lightning_condensa.deploy.sparse.compiler import KernelUnavailableError
 from lightning_condensa.deploy.sparse.direct import DirectLayer
 from lightning_condensa.deploy.sparse.layers import DenseLayer, Epilogue, SparseLayer
 from lightning_condensa.deploy.sparse.matrix import MatrixLayer, block_side
 from lightning_condensa.deploy.timing import Comparison, Ratio, compare
 
-#: What a layer got and gave.
-Call = tuple[Tensor, Tensor]
-Method = Literal["dense", "csr", "bsr", "direct", "direct, one thread"]
+Method = Literal["dense", "csr", "bsr", "direct", "direct, one thread", "2:4"]
 
 #: A layer is exchanged if it is faster by this factor, and in three rounds of four.
 MARGIN = 1.05
@@ -88,7 +87,7 @@ def choose(name: str, dense: DenseLayer, call: Call | None) -> tuple[nn.Module, 
     layers: dict[str, nn.Module] = {"dense": dense, **candidates}
     functions: dict[str, Callable[[], Any]] = {m: partial(c, x) for m, c in layers.items()}
     measured = compare(functions, min_seconds=_SECONDS)
-    method, speedup = _fastest(measured)
+    method, speedup = fastest(measured)
     if method == "dense" and not reason:
         reason = "no sparse method is faster"
     seconds = {m: measured.timing(m).median for m in layers}
@@ -140,7 +139,8 @@ def _candidates(dense: DenseLayer) -> tuple[dict[str, SparseLayer], str]:
     return found, ""
 
 
-def _fastest(measured: Comparison) -> tuple[Method, Ratio]:
+def fastest(measured: Comparison) -> tuple[Method, Ratio]:
+    """The fastest method, if it clearly is, and how many times faster than dense; else dense."""
     order = sorted(measured.seconds, key=lambda m: measured.timing(m).median)
     for method in order[: order.index("dense")]:
         speedup = measured.speedup(method, "dense")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_condensa.deploy.sparse.calls import called_modules, record_calls
 from lightning_condensa.deploy.sparse.choice import (
-    Call,
     SparseMismatchError,
     SparseRow,
     choose,
@@ -31,10 +31,10 @@ _TOLERANCE = 1e-4
 
 
 class SparseModel(nn.Module):
-    """A model for inference on the CPU that skips weights that are zero.
+    """A model for inference that skips weights that are zero.
 
-    It gives what the dense model in evaluation mode gives, within float32 rounding. It can't be
-    trained. It is made by :func:`to_sparse`.
+    It gives what the dense model in evaluation mode gives, within rounding. It can't be trained. It
+    is made by :func:`to_sparse` for the CPU, and by :func:`to_semi_structured` for CUDA.
 
     Args:
         module: Whose layers were exchanged.
@@ -110,7 +110,7 @@ def to_sparse(module: nn.Module, example: Any, threads: int | None = None) -> Sp
     inputs = tuple(i.detach().cpu() if isinstance(i, Tensor) else i for i in inputs)
     dense = deepcopy(getattr(module, "_orig_mod", module)).cpu().eval().requires_grad_(False)
     with torch_threads(threads) as used, torch.no_grad():
-        wanted, called = _called(dense, inputs)
+        wanted, called = called_modules(dense, inputs)
         exchanged, rows = _exchange(_gather(dense, inputs, wanted), inputs)
         sparse = SparseModel(exchanged, SparseReport((*rows, *_left(dense, rows, called)), used))
         if not _alike(sparse(*inputs), wanted):
@@ -144,7 +144,7 @@ def _exchange(gathered: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, 
     """Exchange the gathered layers for the fastest ones, and join those in a row."""
     holder = nn.ModuleDict({"root": gathered})
     layers = {n: m for n, m in holder.named_modules() if isinstance(m, DenseLayer)}
-    calls = _record(layers, gathered, inputs)
+    calls = record_calls(layers, gathered, inputs)
     rows = {}
     for name, layer in layers.items():
         chosen, row = choose(name.removeprefix("root").removeprefix("."), layer, calls.get(name))
@@ -157,41 +157,6 @@ def _exchange(gathered: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, 
             holder.set_submodule(name, joined.shared())
             rows |= {n: replace(rows[n], method="direct") for n in names}
     return holder["root"], list(rows.values())
-
-
-def _record(
-    layers: dict[str, DenseLayer], module: nn.Module, inputs: tuple[Any, ...]
-) -> dict[str, Call]:
-    """The first call of each layer that is called."""
-    calls: dict[str, Call] = {}
-
-    def note(name: str) -> Any:
-        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            calls.setdefault(name, (args[0] if args else kwargs["input"], output))
-
-        return hook
-
-    handles = [
-        layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in layers.items()
-    ]
-    module(*inputs)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
-def _called(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, set[str]]:
-    """The outputs of a module, and the names of all modules that are called meanwhile."""
-    called: set[str] = set()
-
-    def note(name: str) -> Any:
-        return lambda *_: called.add(name)
-
-    handles = [m.register_forward_pre_hook(note(n)) for n, m in module.named_modules()]
-    outputs = module(*inputs)
-    for handle in handles:
-        handle.remove()
-    return outputs, called
 
 
 def _left(dense: nn.Module, rows: list[SparseRow], called: set[str]) -> list[SparseRow]:

@@ -18,11 +18,11 @@ class SparseReport:
 
     Attributes:
         rows: One per layer.
-        threads: CPU threads that were measured with.
+        threads: CPU threads that were measured with; ``None`` on a CUDA device.
     """
 
     rows: tuple[SparseRow, ...]
-    threads: int
+    threads: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -30,7 +30,8 @@ class SparseReport:
 
     def table(self) -> Table:
         """The report as a Rich table."""
-        table = Table(title=f"Sparse execution, {self.threads} thread(s)", title_justify="left")
+        where = "CUDA" if self.threads is None else f"{self.threads} thread(s)"
+        table = Table(title=f"Sparse execution, {where}", title_justify="left")
         table.add_column("layer")
         for column in ("input", "density", "dense", "sparse"):
             table.add_column(column, justify="right")

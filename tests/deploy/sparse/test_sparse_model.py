@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lightning_condensa import CompressedModel, FilterPrune, Prune, SparseModel
 from lightning_condensa.deploy import SparseMismatchError, compare, to_sparse
-from lightning_condensa.deploy.sparse.choice import _check, _fastest
+from lightning_condensa.deploy.sparse.choice import _check, fastest
 from lightning_condensa.deploy.sparse.direct import DirectLayer
 from lightning_condensa.deploy.sparse.fusion import gather_layers, join_layers
 from lightning_condensa.deploy.sparse.layers import DenseLayer, Epilogue
@@ -338,7 +338,7 @@ def test_the_report_says_in_how_many_threads_a_row_runs(
     monkeypatch: pytest.MonkeyPatch, share: bool
 ) -> None:
     alone = ("direct, one thread", Ratio(2.0, 2.0, 2.0))
-    monkeypatch.setattr("lightning_condensa.deploy.sparse.choice._fastest", lambda _: alone)
+    monkeypatch.setattr("lightning_condensa.deploy.sparse.choice.fastest", lambda _: alone)
     monkeypatch.setattr("lightning_condensa.deploy.sparse.model.share_threads", lambda *_: share)
     module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
     sparse = CompressedModel.compress(module, Prune(0.1)).to_sparse(torch.randn(2, 64), threads=2)
@@ -351,15 +351,15 @@ def test_the_report_says_in_how_many_threads_a_row_runs(
 
 def test_only_what_wins_by_measurement_is_exchanged() -> None:
     dense = (1.0, 1.0, 1.0, 1.0)
-    assert _fastest(Comparison({"dense": dense, "csr": (0.97,) * 4}))[0] == "dense"
+    assert fastest(Comparison({"dense": dense, "csr": (0.97,) * 4}))[0] == "dense"
     shaky = {"dense": (*dense, 1.0), "csr": (0.5, 0.6, 0.9, 2.0, 2.0)}
     assert Comparison(shaky).speedup("csr", "dense").median > 1.1
-    assert _fastest(Comparison(shaky))[0] == "dense"
-    method, speedup = _fastest(
+    assert fastest(Comparison(shaky))[0] == "dense"
+    method, speedup = fastest(
         Comparison({"dense": dense, "csr": (0.9,) * 4, "direct": (0.5, 0.5, 0.5, 1.0)})
     )
     assert (method, speedup.median) == ("direct", 2.0)
-    method, _ = _fastest(Comparison({"dense": dense, "csr": (0.8,) * 4, "direct": (2.0,) * 4}))
+    method, _ = fastest(Comparison({"dense": dense, "csr": (0.8,) * 4, "direct": (2.0,) * 4}))
     assert method == "csr"
 
 
