@@ -196,10 +196,11 @@ def main() -> None:
     add("--budget", type=int, default=1, help="times about 1,500 optimizer steps")
     add("--data", type=Path, help="folder of cifar10/")
     add("--out", type=Path, default=RESULTS, help="folder of the result file")
+    add("--name", default=NAME, help="of the result file")
     options = parser.parse_args()
     silence()
     torch.set_num_threads(1)
-    study = Study(options.out, NAME)
+    study = Study(options.out, options.name)
     for task in options.tasks:
         for seed in options.seeds:
             start = dense_start(TASKS[task], seed, options.data)

@@ -32,6 +32,7 @@ class Codebook(Scheme):
     (Han et al. 2016, arXiv:1510.00149; Carreira-Perpiñán & Idelbayev 2017, arXiv:1707.04319),
     exact for small tensors. A packed file stores ``log2 k`` bits for each weight that is kept.
     Given the boundaries of an earlier θ, weights stay apart there, and the values are their means.
+    Boundaries spread as weights grow and shrink; the middle of them only shrinks.
 
     A DTensor is made whole on every process to find its values.
 
@@ -80,8 +81,8 @@ class Codebook(Scheme):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The entries that fit what is kept of some tensors, and where one turns into the next.
 
-        The boundaries are given as they are, and in units of the root mean square for an encoding:
-        only of ``k`` entries, as weights of fewer values would never get more.
+        The boundaries are given as they are, and for an encoding with the root mean square behind
+        them: only of ``k`` entries, as weights of fewer values would never get more.
         """
         assert isinstance(self.k, int)
         kept = []
@@ -89,13 +90,14 @@ class Codebook(Scheme):
             values = whole(encoded.codes)
             kept.append(values.flatten() if encoded.mask is None else values[whole(encoded.mask)])
         values = torch.cat(kept)
-        unit = norm([values]) / math.sqrt(max(values.numel(), 1)) or 1.0
+        size = norm([values]) / math.sqrt(max(values.numel(), 1)) or 1.0
         held = theta[targets[0].name].boundaries
         if held is None:
             book = kmeans_1d(values, self.k)
             borders = middles(book)
-            return book, borders, borders / unit if len(book) == self.k else None
-        borders = held.cpu() * unit
+            found = torch.cat([borders, borders.new_tensor([size])])
+            return book, borders, found if len(book) == self.k else None
+        borders = _resized(held.cpu(), size)
         return cell_means(values, borders), borders, held
 
     def _rounded(
@@ -118,3 +120,20 @@ class Codebook(Scheme):
             table_bits=self.k * dtype_bits(encoded.dtype),
             boundaries=boundaries,
         )
+
+
+def _resized(held: Tensor, size: float) -> Tensor:
+    """Boundaries of an earlier θ for weights of another root mean square.
+
+    Their middle does not grow: what lies off zero in training are ever larger outliers on one side,
+    after which a middle that grew with the size would run, until few weights are left there.
+
+    Args:
+        held: The boundaries, and behind them the root mean square of the weights at that time.
+        size: The root mean square of the weights now.
+    """
+    borders, growth = held[:-1], size / float(held[-1])
+    if len(borders) == 0:
+        return borders
+    middle = borders.mean()
+    return middle * min(growth, 1.0) + (borders - middle) * growth

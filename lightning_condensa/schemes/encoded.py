@@ -41,9 +41,9 @@ class Encoded:
             neither one nor as many as ``codes``; the last group may be smaller.
         bits: Bits of one stored value, where they are fewer than those of the type of ``codes``.
         table_bits: Bits of what decoding needs beside codes and scales, such as a codebook.
-        boundaries: Where rounding turns from one value to the next, in units of the root mean
-            square of the weights that share it; whole and not a DTensor. A scheme that finds them
-            in what it is to round keeps them. Decoding needs none.
+        boundaries: Where rounding turns from one value to the next, in terms of the scheme that
+            found them in what it was to round, and keeps them; whole and not a DTensor. Decoding
+            needs none.
     """
 
     codes: Tensor

@@ -143,21 +143,42 @@ def test_kept_boundaries_keep_weights_apart() -> None:
     assert (kept.bits, kept.table_bits) == (anew.bits, anew.table_bits)
 
 
+def test_outliers_leave_the_middle_of_boundaries_where_it_was() -> None:
+    before = torch.tensor([[-1.0, -0.8, -0.6, 0.2, 0.4]])
+    bound = Codebook(2).bind(nn.Linear(5, 1, bias=False))
+    kept = boundaries_of(bound.pi({"weight": before}))
+    after = torch.tensor([[-8.0, -0.8, -0.6, 0.2, 0.4]])
+    theta = bound.pi({"weight": after}, boundaries=kept)["weight"].decode()
+    assert theta.tolist() == [pytest.approx([-9.4 / 3] * 3 + [0.3] * 2)]
+
+
+def test_boundaries_spread_as_the_weights_grow() -> None:
+    weights = torch.tensor([[-2.0, -1.0, 1.0, 2.0, -2.0, -1.0, 1.0, 2.0]])
+    bound = Codebook(4).bind(nn.Linear(8, 1, bias=False))
+    kept = boundaries_of(bound.pi({"weight": weights}))
+    theta = bound.pi({"weight": 10 * weights}, boundaries=kept)["weight"]
+    assert torch.equal(theta.decode(), 10 * weights)
+
+
+CODEBOOKS = [Codebook(1), Codebook(2), Codebook(16), Codebook(4, scope="global")]
+THRESHOLDS = [
+    Quantize("ternary"),
+    Quantize("int2", granularity="tensor"),
+    Quantize("ternary", granularity="group:7"),
+    Compose([Prune(0.5), Quantize("ternary")]),
+]
+
+
 @pytest.mark.parametrize(
-    "scheme",
+    ("scheme", "growth"),
     [
-        Codebook(2),
-        Codebook(16),
-        Codebook(4, scope="global"),
-        Compose([Prune(0.5), Codebook(3)]),
-        Quantize("ternary"),
-        Quantize("int2", granularity="tensor"),
-        Quantize("ternary", granularity="group:7"),
-        Compose([Prune(0.5), Quantize("ternary")]),
+        *((scheme, 4) for scheme in THRESHOLDS),
+        *((scheme, 0.25) for scheme in [*THRESHOLDS, *CODEBOOKS]),
+        (Compose([Prune(0.5), Codebook(3)]), 0.25),
     ],
-    ids=lambda scheme: scheme.describe(),
+    ids=lambda value: value.describe() if isinstance(value, Scheme) else f"x{value}",
 )
-def test_boundaries_grow_and_shrink_with_the_weights(scheme: Scheme) -> None:
+def test_boundaries_grow_or_shrink_with_the_weights(scheme: Scheme, growth: float) -> None:
     module = filled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(30, 40)))
     weights = {n: p.detach() for n, p in module.named_parameters()}
     bound = scheme.bind(module)
@@ -165,7 +186,7 @@ def test_boundaries_grow_and_shrink_with_the_weights(scheme: Scheme) -> None:
     kept = boundaries_of(theta)
     assert kept
     again = bound.delta(bound.pi(weights, boundaries=kept))
-    larger = bound.delta(bound.pi({n: 4 * w for n, w in weights.items()}, boundaries=kept))
+    resized = bound.delta(bound.pi({n: growth * w for n, w in weights.items()}, boundaries=kept))
     for name, decoded in bound.delta(theta).items():
         # The same weights go together; what they are rounded to may fit even better.
         assert len(torch.stack([decoded, again[name]]).flatten(1).unique(dim=1).T) == len(
@@ -173,7 +194,7 @@ def test_boundaries_grow_and_shrink_with_the_weights(scheme: Scheme) -> None:
         )
         error, before = ((w - weights[name]).square().sum() for w in (again[name], decoded))
         assert error <= (1 + 1e-6) * before
-        torch.testing.assert_close(larger[name], 4 * again[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(resized[name], growth * again[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
