@@ -237,6 +237,12 @@ MUTATIONS = [
         "        if True:",
     ),
     Mutation(
+        "codebook: the middle of kept boundaries runs after outliers",
+        "schemes/codebook.py",
+        "middle * min(growth, 1.0)",
+        "middle * growth",
+    ),
+    Mutation(
         "ternary: a kept threshold does not follow the weights",
         "functional/quantization.py",
         "    threshold = thresholds * root_mean_square(rows, ranks)",

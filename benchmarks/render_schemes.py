@@ -30,32 +30,39 @@ WAYS = {
 }
 
 
-def quantizers() -> str | None:
-    """Every quantizer in each way, a table for each task."""
-    results = read_results("quantizers")
+def quantizers(name: str = "quantizers") -> str | None:
+    """Every quantizer in each way, a table for each task.
+
+    Args:
+        name: Of the results.
+    """
+    results = read_results(name)
     if not results:
         return None
     scores: dict[tuple[str, int], dict[str, dict[str, dict[int, float]]]] = {}
     for c in results["cells"]:
-        name, way = c["method"].rsplit(", ", 1)
-        row = scores.setdefault((c["task"], c["budget"]), {}).setdefault(name, {})
+        scheme, way = c["method"].rsplit(", ", 1)
+        row = scores.setdefault((c["task"], c["budget"]), {}).setdefault(scheme, {})
         row.setdefault(way, {})[c["seed"]] = c["test"]
     parts = []
     for (task, budget), found in sorted(scores.items()):
-        rows = [[name, *_on_common_seeds(row)] for name, row in found.items()]
+        ways = [way for way in WAYS if any(way in row for row in found.values())]
+        rows = [[scheme, *_on_common_seeds(row, ways)] for scheme, row in found.items()]
         dense = mean_sd(
             [d["test"] for d in results["dense"] if (d["task"], d["budget"]) == (task, budget)]
         )
         note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
         steps = "" if budget == 1 else f", {budget} times the steps"
-        parts.append(f"### {task}{steps}\n\n" + table(["", *WAYS.values()], rows) + note)
+        parts.append(
+            f"### {task}{steps}\n\n" + table(["", *(WAYS[way] for way in ways)], rows) + note
+        )
     return "".join(parts).rstrip("\n") + "\n" + cells_source("quantizers", results)
 
 
-def _on_common_seeds(row: dict[str, dict[int, float]]) -> list[str]:
+def _on_common_seeds(row: dict[str, dict[int, float]], ways: Sequence[str]) -> list[str]:
     """Mean ± sd of each way over the seeds that all in a row have: some seeds are harder."""
     common = sorted(set[int].intersection(*(set(own) for own in row.values())))
-    entries = ([row[way][seed] for seed in common] if way in row else [] for way in WAYS)
+    entries = ([row[way][seed] for seed in common] if way in row else [] for way in ways)
     return [spread(mean_sd(v)) + f" ({len(v)})" if v else NONE for v in entries]
 
 
