@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from common import read_results
@@ -49,8 +50,11 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['ms']:.2f} ms, {row['times']:.2f} × ({low:.1f}–{high:.1f})"
 
 
-def _repeats(results: dict[str, Any]) -> int:
-    return len({r["seed"] for r in results["runs"]})
+def _repeats(results: dict[str, Any]) -> str:
+    """How many repeats a case has, as a range where some have more."""
+    cases = Counter((r["network"], r["batch"], r["threads"]) for r in results["runs"])
+    least, most = min(cases.values()), max(cases.values())
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def deploy() -> str | None:

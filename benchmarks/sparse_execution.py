@@ -5,7 +5,9 @@ all of the classifier, which hold little. In each round every engine has a turn;
 network, exports and compiles it and chooses sparse layers anew.
 
     python benchmarks/sparse_execution.py
-    python benchmarks/sparse_execution.py --repeats 1 --seconds 2 --batches 1 --threads 1
+    python benchmarks/sparse_execution.py --seeds 0 --seconds 2 --batches 1 --threads 1
+
+Repeats are added to those that were run on the same processor.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -130,26 +133,33 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--engines", nargs="+", choices=DENSE, default=list(DENSE))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="of repeats")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each repeat of a case")
     parser.add_argument("--name", default="sparse_execution", help="of the file with the results")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch|copyreg|contextlib")
     cases = [
         (network, batch, threads, seed)
-        for seed in range(arguments.repeats)
+        for seed in arguments.seeds
         for network in arguments.networks
         for batch in arguments.batches
         for threads in arguments.threads
     ]
-    runs = []
     for network, batch, threads, seed in cases:
         run = measure(network, batch, threads, seed, arguments.seconds, arguments.engines)
-        runs.append(run)
         print(network, f"batch {batch}, {threads} thread(s), seed {seed}", flush=True)
         for row in run["engines"]:
             print(f"  {row['engine']:14s} {row['ms']:9.3f} ms  x{row['times']:.2f}", flush=True)
-        update_results(arguments.name, lambda results: results.update(payload(runs)))
+        update_results(arguments.name, partial(add, run=run))
+
+
+def add(results: dict[str, Any], run: dict[str, Any]) -> None:
+    """Put a run among those on the same processor; one of the same case and seed is replaced."""
+    here = environment()
+    same = results.get("environment", {}).get("cpu") == here["cpu"]
+    case = ("network", "batch", "threads", "seed")
+    kept = [r for r in results.get("runs", []) if same and any(r[k] != run[k] for k in case)]
+    results.update({"environment": here, **payload([*kept, run])})
 
 
 def payload(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,7 +178,7 @@ def payload(runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for key, rows in groups.items()
     ]
-    return {"environment": environment(), "summary": summary, "runs": runs}
+    return {"summary": summary, "runs": runs}
 
 
 if __name__ == "__main__":
