@@ -243,6 +243,30 @@ MUTATIONS = [
         "middle * growth",
     ),
     Mutation(
+        "codebook: latent weights run beyond the entries",
+        "schemes/codebook.py",
+        "    return 2 * first - second, 2 * ends[-1] - ends[-2]",
+        "    return 3 * first - 2 * second, 3 * ends[-1] - 2 * ends[-2]",
+    ),
+    Mutation(
+        "integers: latent weights run beyond the codes",
+        "schemes/quantize.py",
+        "        return low - 1.0, high + 1.0",
+        "        return None",
+    ),
+    Mutation(
+        "limits of latent weights: a negative scale turns them",
+        "schemes/encoded.py",
+        "torch.minimum(*ends)), torch.maximum(*ends))",
+        "ends[0]), ends[1])",
+    ),
+    Mutation(
+        "k-means: a cell without values lies at zero",
+        "functional/kmeans.py",
+        "    if empty.any() and len(cuts) > 0:",
+        "    if False:",
+    ),
+    Mutation(
         "ternary: a kept threshold does not follow the weights",
         "functional/quantization.py",
         "    threshold = thresholds * root_mean_square(rows, ranks)",

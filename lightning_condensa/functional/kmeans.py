@@ -156,15 +156,19 @@ def cell_means(values: Tensor, borders: Tensor) -> Tensor:
         borders: Ascending, in double precision.
 
     Returns:
-        float32 ``(len(borders) + 1,)``, on the device of ``values``; 0 for a cell without values.
+        float32 ``(len(borders) + 1,)``, ascending, on the device of ``values``; for a cell without
+        values the middle of its borders, or its only one.
 
     Example:
         >>> cell_means(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([4.0, 9.0]).double())
-        tensor([2., 8., 0.])
+        tensor([2., 8., 9.])
     """
     ordered, cuts = _sorted(values), borders.detach().cpu().numpy()
     inner = np.searchsorted(ordered, _rounded_down(cuts), side="right")
     means = _means(ordered, np.concatenate([[0], inner, [len(ordered)]]))
+    empty = np.isnan(means)
+    if empty.any() and len(cuts) > 0:
+        means[empty] = (np.append(cuts[0], cuts) + np.append(cuts, cuts[-1]))[empty] / 2
     single = np.nan_to_num(means).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
     return torch.from_numpy(single).to(values.device)
 

@@ -23,7 +23,10 @@ so that u = w − *offset*, and the optimizer's step on w is one on u: neither a
 weights nor a pass over them is needed. C-steps project u, which keeps what is too small to move a
 rounded weight. This is the aggregate proximal gradient method (Jin et al. 2025, arXiv:2503.15748,
 of which the straight-through estimator is the limit; BinaryRelax, Yin et al. 2018,
-arXiv:1801.06313), with projections as seldom as C-steps are.
+arXiv:1801.06313), with projections as seldom as C-steps are. A C-step also takes u back to one step
+beyond the outermost values (as BinaryConnect clips, Courbariaux et al. 2015, arXiv:1511.00363):
+nothing else would stop what has a value's sign for good from running away, and the mean of a cell,
+which is its value, would follow the few that run furthest.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from lightning_condensa.lc.effects import Effects
 from lightning_condensa.lc.engine import Engine, Parameters
 from lightning_condensa.lc.importance import Importance
 from lightning_condensa.schemes import BoundScheme, Encoding
-from lightning_condensa.schemes.bound import boundaries_of
+from lightning_condensa.schemes.bound import boundaries_of, bounded
 
 #: Names of optimizers' state in torch.
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
@@ -73,6 +76,7 @@ class Proximal(Engine):
         # From a C-step to the L-step that it begins.
         self._next_offsets: dict[str, Tensor] = {}
         self._moves: dict[str, Tensor] = {}
+        self._limited: dict[str, Encoding] = {}
 
     @property
     def cuts(self) -> bool:
@@ -139,7 +143,11 @@ class Proximal(Engine):
         goals = values | self._goals_before_rounding(latent, bound)
         self._moves = {n: (goals[n] - start[n]).mul_(strength) for n in bound.moved}
         start |= {n: start[n] + move for n, move in self._moves.items()}
-        self._next_offsets = {n: (values[n] - start[n]).mul_(rounding) for n in bound.latent}
+        self._limited = {n: theta[n] for n in bound.latent}
+        self._next_offsets = {
+            n: (values[n] - local(bounded(theta[n], like(start[n], latent[n])))).mul_(rounding)
+            for n in bound.latent
+        }
         return theta
 
     def _goals_before_rounding(self, latent: Parameters, bound: BoundScheme) -> dict[str, Tensor]:
@@ -166,11 +174,15 @@ class Proximal(Engine):
             self._cut(parameters, optimizers)
         for name, move in self._moves.items():
             local(parameters[name].detach()).add_(move)
+        for name, theta in self._limited.items():
+            weight = parameters[name].detach()
+            local(weight).copy_(local(bounded(theta, weight)))
         for name, offset in self._next_offsets.items():
             if name in self._factors:  # only what is kept
                 offset.mul_(self._factors[name] == 1)
             local(parameters[name].detach()).add_(offset)
         self._offsets, self._next_offsets, self._moves = self._next_offsets, {}, {}
+        self._limited = {}
 
     @torch.no_grad()
     def project(self, parameters: Parameters, bound: BoundScheme) -> dict[str, Encoding]:

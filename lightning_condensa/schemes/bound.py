@@ -172,6 +172,14 @@ def boundaries_of(theta: Mapping[str, Encoding]) -> dict[str, Tensor]:
     return {n: leaf.boundaries for n, leaf in single.items() if leaf.boundaries is not None}
 
 
+def bounded(encoding: Encoding, latent: Tensor) -> Tensor:
+    """The nearest to a weight that training keeps where it was rounded to this encoding.
+
+    Only what is a single tensor of codes has limits (:attr:`Encoded.limits`).
+    """
+    return encoding.leaves[0].bounded(latent) if len(encoding.leaves) == 1 else latent
+
+
 def staged(
     stage: Scheme, targets: Sequence[Target], theta: Mapping[str, Encoding]
 ) -> dict[str, Encoding]:

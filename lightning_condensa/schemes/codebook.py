@@ -119,7 +119,16 @@ class Codebook(Scheme):
             bits=max((self.k - 1).bit_length(), 1),
             table_bits=self.k * dtype_bits(encoded.dtype),
             boundaries=boundaries,
+            limits=_one_step_beyond(book),
         )
+
+
+def _one_step_beyond(book: Tensor) -> tuple[float, float] | None:
+    """Where the next entries would lie on either side; ``None`` of one entry."""
+    if len(book) < 2:
+        return None
+    first, second, *_ = ends = book.tolist()
+    return 2 * first - second, 2 * ends[-1] - ends[-2]
 
 
 def _resized(held: Tensor, size: float) -> Tensor:

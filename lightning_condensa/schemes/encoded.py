@@ -44,6 +44,8 @@ class Encoded:
         boundaries: Where rounding turns from one value to the next, in terms of the scheme that
             found them in what it was to round, and keeps them; whole and not a DTensor. Decoding
             needs none.
+        limits: Between which values, in units of the scale, training keeps the weight that was
+            rounded to this (:meth:`bounded`): far beyond the codes it could never turn to others.
     """
 
     codes: Tensor
@@ -54,6 +56,7 @@ class Encoded:
     bits: int | None = None
     table_bits: int = 0
     boundaries: Tensor | None = None
+    limits: tuple[float, float] | None = None
 
     @classmethod
     def dense(cls, weight: Tensor) -> Encoded:
@@ -157,6 +160,25 @@ class Encoded:
             return product.add_(0.0).to(self.dtype)
 
         return elementwise(product, self.codes, self.scale)
+
+    def bounded(self, latent: Tensor) -> Tensor:
+        """The nearest tensor between the :attr:`limits`, and zero; itself without any.
+
+        Args:
+            latent: Of the weight's shape, placed like ``codes``.
+        """
+        if self.limits is None:
+            return latent
+        low, high = min(self.limits[0], 0.0), max(self.limits[1], 0.0)
+        if self.scale is None:
+            return elementwise(lambda weight: weight.clamp(low, high), latent)
+
+        def clamped(weight: Tensor, scale: Tensor) -> Tensor:
+            ends = [end * self._spread(scale, weight).to(weight.dtype) for end in (low, high)]
+            # A scale may be negative.
+            return torch.minimum(torch.maximum(weight, torch.minimum(*ends)), torch.maximum(*ends))
+
+        return elementwise(clamped, latent, self.scale)
 
     def _spread(self, scale: Tensor, codes: Tensor) -> Tensor:
         """The scale, so that it broadcasts against the codes."""

@@ -139,7 +139,26 @@ class Quantize(Scheme):
             group=self.group,
             bits=(INTEGERS | SIGNS).get(self.dtype),
             boundaries=boundaries,
+            limits=self._limits,
         )
+
+    @property
+    def _limits(self) -> tuple[float, float] | None:
+        """One step beyond the codes on either side; ``None`` of floats."""
+        assert isinstance(self.dtype, str)
+        if self.dtype == "binary":
+            return -3.0, 3.0
+        if self.dtype in SCALED_FLOATS:
+            return None
+        low, high = self._grid
+        return low - 1.0, high + 1.0
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """The least and the largest code of an integer type or a ternary one."""
+        assert isinstance(self.dtype, str)
+        high = 1 if self.dtype == "ternary" else 2 ** (INTEGERS[self.dtype] - 1) - 1
+        return (-high if self.symmetric or self.dtype == "ternary" else -high - 1), high
 
     @property
     def _has_threshold(self) -> bool:
@@ -163,8 +182,7 @@ class Quantize(Scheme):
             dtype = SCALED_FLOATS[self.dtype]
             scale = power_scale(rows, dtype, ranks)
             return float_codes(rows, scale, dtype), scale
-        high = 1 if self.dtype == "ternary" else 2 ** (INTEGERS[self.dtype] - 1) - 1
-        low = -high if self.symmetric or self.dtype == "ternary" else -high - 1
+        low, high = self._grid
         scale = grid_scale(rows, low, high, ranks)
         return integer_codes(rows, scale, low, high), scale
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn, optim
 
 from lightning_condensa import Codebook, Compose, NeuronPrune, Prune, Quantize, Scheme
 from lightning_condensa.lc import CStep, LCRun, LCSchedule
+from lightning_condensa.schemes import Encoded
 from lightning_condensa.schemes.bound import boundaries_of
 
 from .problems import Classes, Training
@@ -235,6 +236,89 @@ def test_rounded_values_are_reached_by_way_of_a_latent_weight(
         network.weight.copy_(average)
     expected = bound.pi({"weight": average})["weight"].decode()
     assert torch.equal(run.finish(averaged=True)["weight"].decode(), expected)
+
+
+def with_outliers(scheme: Scheme) -> tuple[Tensor, Tensor, Tensor, Encoded]:
+    """A weight that grows outliers between two C-steps.
+
+    Returns:
+        The latent weight before the second C-step and after it, the weight after it, and its θ.
+    """
+    torch.manual_seed(0)
+    network = nn.Linear(40, 9, bias=False)
+    bound = scheme.bind(network)
+    plan = LCSchedule(l_steps=3, rate_start=0.5, ramp=0.0, finetune=0.0).plan(
+        3, prunes=bound.prunes, projects=True, rounds=True
+    )
+    run = LCRun(bound, plan, {"weight": network.weight})
+    run.start()
+    with torch.no_grad():
+        network.weight[:, 0] += 0.2 * 1.5 ** torch.arange(9) * network.weight[:, 0].sign()
+    before = run.latent({"weight": network.weight})["weight"].clone()
+    c_step = run.after_step([])
+    assert c_step is not None
+    (theta,) = c_step.theta["weight"].leaves
+    weight = network.weight.detach()
+    after = run.latent({"weight": weight})["weight"]
+    torch.testing.assert_close(weight, after.lerp(theta.decode(), plan.rounding[1]))
+    return before, after, weight, theta
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "more"),
+    [
+        ("binary", -3, 3, {}),
+        ("binary", -3, 3, {"granularity": "group:4"}),
+        ("ternary", -2, 2, {}),
+        ("ternary", -2, 2, {"granularity": "tensor"}),
+        ("int2", -3, 2, {"symmetric": False}),
+        ("int4", -8, 8, {}),
+    ],
+)
+def test_latent_weights_stay_within_a_step_beyond_the_codes(
+    dtype: str, low: int, high: int, more: dict[str, Any]
+) -> None:
+    before, after, _, theta = with_outliers(Quantize(dtype, **more))
+    assert theta.scale is not None
+    units = theta.scale.repeat_interleave(theta.group or 1, dim=1)
+    torch.testing.assert_close(after / units, (before / units).clamp(low, high))
+    if more.get("symmetric", dtype != "int4"):  # else the scale fits the outliers
+        assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("k", [2, 3, 6])
+def test_latent_weights_stay_where_the_next_entries_would_be(k: int) -> None:
+    before, after, _, theta = with_outliers(Codebook(k))
+    values = theta.codes.unique()
+    ends = 2 * values[0] - values[1], 2 * values[-1] - values[-2]
+    torch.testing.assert_close(after, before.clamp(*ends))
+    assert not torch.equal(after, before)
+
+
+def test_what_is_pruned_stays_zero_also_where_all_values_lie_on_one_side() -> None:
+    network = nn.Linear(6, 4, bias=False)
+    with torch.no_grad():
+        network.weight.copy_(1 + torch.arange(24.0).view(4, 6) % 5)
+    bound = Compose([Prune(0.5), Codebook(2)]).bind(network)
+    plan = LCSchedule(l_steps=2, ramp=0.0).plan(9, prunes=True, projects=True, rounds=True)
+    run = LCRun(bound, plan, {"weight": network.weight})
+    theta = run.start().theta["weight"]
+    assert theta.decode().unique().tolist()[1] > 2
+    assert theta.mask is not None
+    assert not network.weight[~theta.mask].any()
+
+
+def test_latent_weights_of_float8_have_no_limits() -> None:
+    network = nn.Linear(6, 4, bias=False)
+    bound = Quantize("float8_e4m3fn").bind(network)
+    plan = LCSchedule(l_steps=3).plan(3, prunes=False, projects=True, rounds=True)
+    run = LCRun(bound, plan, {"weight": network.weight})
+    run.start()
+    with torch.no_grad():
+        network.weight[:, 0] += 9
+    latent = run.latent({"weight": network.weight})["weight"].clone()
+    run.after_step([])
+    torch.testing.assert_close(run.latent({"weight": network.weight})["weight"], latent)
 
 
 def test_values_that_are_only_pruned_are_not_moved() -> None:
