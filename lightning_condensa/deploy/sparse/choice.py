@@ -22,6 +22,8 @@ Method = Literal["dense", "csr", "bsr", "direct", "direct, one thread", "2:4"]
 
 #: A layer is exchanged if it is faster by this factor, and in three rounds of four.
 MARGIN = 1.05
+#: Why a layer stays dense that no example reaches.
+NOT_CALLED = "is not called on the example"
 _MAX_DENSITY = 0.5
 _SECONDS = 0.1
 
@@ -109,7 +111,7 @@ def share_threads(joined: DirectLayer, x: Tensor) -> bool:
 
 def _why_not(layer: nn.Conv2d | nn.Linear, density: float, call: Call | None) -> str:
     if call is None:
-        return "is not called on the example"
+        return NOT_CALLED
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return f"groups={layer.groups}"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_condensa.deploy.sparse.calls import called_modules, record_calls
 from lightning_condensa.deploy.sparse.choice import (
+    NOT_CALLED,
     SparseMismatchError,
     SparseRow,
     choose,
@@ -22,6 +22,7 @@ from lightning_condensa.deploy.sparse.choice import (
 from lightning_condensa.deploy.sparse.direct import DirectLayer
 from lightning_condensa.deploy.sparse.fusion import gather_layers, join_layers
 from lightning_condensa.deploy.sparse.layers import DenseLayer
+from lightning_condensa.deploy.sparse.outputs import alike
 from lightning_condensa.deploy.sparse.report import SparseReport
 from lightning_condensa.deploy.threads import check_threads, torch_threads
 
@@ -113,7 +114,7 @@ def to_sparse(module: nn.Module, example: Any, threads: int | None = None) -> Sp
         wanted, called = called_modules(dense, inputs)
         exchanged, rows = _exchange(_gather(dense, inputs, wanted), inputs)
         sparse = SparseModel(exchanged, SparseReport((*rows, *_left(dense, rows, called)), used))
-        if not _alike(sparse(*inputs), wanted):
+        if not alike(sparse(*inputs), wanted, _TOLERANCE):
             raise SparseMismatchError(
                 f"the sparse {type(module).__name__} gives other outputs than the dense one"
             )
@@ -129,7 +130,7 @@ def _gather(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> nn.Module
     for trace in (True, False):
         gathered = gather_layers(deepcopy(dense), trace=trace)
         try:
-            if _alike(gathered(*inputs), wanted):
+            if alike(gathered(*inputs), wanted, _TOLERANCE):
                 return gathered
             failure = "it gives other outputs then"
         except Exception as error:  # whatever the user's code does then
@@ -162,24 +163,9 @@ def _exchange(gathered: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, 
 def _left(dense: nn.Module, rows: list[SparseRow], called: set[str]) -> list[SparseRow]:
     """Rows of layers that are not called, or that can't be taken out of the module."""
     taken = {row.name for row in rows}
-    why = ("is not called on the example", "others read its weights, or it has hooks or a subclass")
+    why = (NOT_CALLED, "others read its weights, or it has hooks or a subclass")
     return [
         SparseRow(name, str(m), (), density_of(m), "dense", reason=why[name in called])
         for name, m in dense.named_modules()
         if isinstance(m, nn.Conv2d | nn.Linear) and name not in taken
     ]
-
-
-def _alike(ours: Any, wanted: Any) -> bool:
-    """Whether all tensors in two outputs of a model are the same but for rounding."""
-    pairs = zip(tree_leaves(ours), tree_leaves(wanted), strict=True)
-    return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.numel() == 0 or not a.is_floating_point():
-        return torch.equal(a, b)
-    limit = _TOLERANCE * float(b.abs().max())
-    return torch.allclose(a, b, rtol=0, atol=limit, equal_nan=True)

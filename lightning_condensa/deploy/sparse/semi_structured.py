@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lightning_condensa.deploy.sparse.calls import called_modules, record_calls
 from lightning_condensa.deploy.sparse.choice import (
+    NOT_CALLED,
     SparseMismatchError,
     SparseRow,
     density_of,
     fastest,
 )
 from lightning_condensa.deploy.sparse.model import SparseModel
+from lightning_condensa.deploy.sparse.outputs import alike
 from lightning_condensa.deploy.sparse.report import SparseReport
 from lightning_condensa.deploy.timing import compare
 
@@ -127,7 +129,7 @@ def _exchange(
         row = partial(SparseRow, name, str(part))
         density = density_of(part)
         if name not in called:
-            rows.append(row((), density, "dense", reason="is not called on the example"))
+            rows.append(row((), density, "dense", reason=NOT_CALLED))
         elif name not in calls:
             rows.append(row((), density, "dense", reason="is no plain Linear layer"))
         else:
@@ -162,10 +164,5 @@ def _check(name: str, ours: Any, wanted: Any, dtype: torch.dtype) -> None:
     Raises:
         SparseMismatchError: If they differ by more.
     """
-    for a, b in zip(tree_leaves(ours), tree_leaves(wanted), strict=True):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or b.numel() == 0:
-            continue
-        largest = float(b.abs().max()) if b.is_floating_point() else 0.0
-        limit = 16 * torch.finfo(dtype).eps * largest
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=limit, equal_nan=True):
-            raise SparseMismatchError(f"2:4 gives other outputs than dense in {name}")
+    if not alike(ours, wanted, 16 * torch.finfo(dtype).eps):
+        raise SparseMismatchError(f"2:4 gives other outputs than dense in {name}")
