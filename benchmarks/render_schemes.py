@@ -47,15 +47,23 @@ def quantizers(name: str = "quantizers") -> str | None:
     parts = []
     for (task, budget), found in sorted(scores.items()):
         ways = [way for way in WAYS if any(way in row for row in found.values())]
-        rows = [[scheme, *_on_common_seeds(row, ways)] for scheme, row in found.items()]
-        dense = mean_sd(
-            [d["test"] for d in results["dense"] if (d["task"], d["budget"]) == (task, budget)]
+        dense = {
+            d["seed"]: d["test"]
+            for d in results["dense"]
+            if (d["task"], d["budget"]) == (task, budget)
+        }
+        rows = [
+            [scheme, *_on_common_seeds(row, ways), _lost(row.get("lc", {}), dense)]
+            for scheme, row in found.items()
+        ]
+        note = (
+            "\nTest accuracy in %, mean ± sd (seeds); dense "
+            f"{spread(mean_sd(list(dense.values())))}. *Lost*: mean of what L-C loses against the "
+            "dense network of each seed, in points (least – most).\n\n"
         )
-        note = f"\nTest accuracy in %, mean ± sd (seeds); dense {spread(dense)}.\n\n"
         steps = "" if budget == 1 else f", {budget} times the steps"
-        parts.append(
-            f"### {task}{steps}\n\n" + table(["", *(WAYS[way] for way in ways)], rows) + note
-        )
+        header = ["", *(WAYS[way] for way in ways), "lost"]
+        parts.append(f"### {task}{steps}\n\n" + table(header, rows) + note)
     return "".join(parts).rstrip("\n") + "\n" + cells_source("quantizers", results)
 
 
@@ -64,6 +72,14 @@ def _on_common_seeds(row: dict[str, dict[int, float]], ways: Sequence[str]) -> l
     common = sorted(set[int].intersection(*(set(own) for own in row.values())))
     entries = ([row[way][seed] for seed in common] if way in row else [] for way in ways)
     return [spread(mean_sd(v)) + f" ({len(v)})" if v else NONE for v in entries]
+
+
+def _lost(scores: dict[int, float], dense: dict[int, float]) -> str:
+    """What is lost against dense, seed by seed."""
+    lost = sorted(dense[seed] - score for seed, score in scores.items())
+    if not lost:
+        return NONE
+    return f"{statistics.fmean(lost):.1f} ({lost[0]:.1f} – {lost[-1]:.1f})"
 
 
 def structured() -> str | None:
