@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 
 import optuna
 import torch
+from ax_search import INSTALLED, AxLoop
 from common import RESULTS, environment, read_results, update_results
 
 from lightning_condensa.search.feasibility import feasible_ones
@@ -91,6 +92,20 @@ def with_optuna(make_sampler: Callable[[int], optuna.samplers.BaseSampler]) -> R
     return run
 
 
+def with_ax(case: SyntheticCliff, seed: int, z: float) -> tuple[Problem, list[int]]:
+    """Let Ax suggest u = −ln(density); the margin is one on its constraint."""
+    problem, chosen = case.problem(z), []
+    ends = (float(case.candidates.min()), float(case.candidates.max()))
+    loop = AxLoop({"u": ends}, {}, problem.target, seed)
+    loop.begin({"u": ends[0]}, problem.baseline)
+    for _ in range(max(BUDGETS)):
+        trial, parameters = loop.ask()
+        index = int(problem.nearest(torch.tensor([[parameters["u"]]])))
+        loop.tell(trial, case.observe(index))
+        chosen.append(index)
+    return problem, chosen
+
+
 def by_margin(problem: Problem, history: Sequence[Observation], seed: int) -> list[bool]:
     """Each by its own measurement."""
     return [seen.feasible(problem.level, problem.z) for seen in history]
@@ -117,9 +132,12 @@ METHODS: dict[str, Run] = {
     "optuna TPE, 3 start-up": with_optuna(
         lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=3)
     ),
+    "Ax": with_ax,
 }
 
 
+#: Ax is there in an environment of its own only.
+DEFAULTS = [name for name in METHODS if name != "Ax" or INSTALLED]
 JUDGES: dict[str, Judge] = {"condensa": together}
 
 
@@ -187,7 +205,7 @@ def main() -> None:
     """Compare what was asked for and is not there."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--problems", type=int, default=100, help="for each objective")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULTS)
     parser.add_argument("--margins", nargs="+", type=float, default=list(MARGINS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

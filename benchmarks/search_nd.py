@@ -18,6 +18,7 @@ from typing import Any
 
 import optuna
 import torch
+from ax_search import INSTALLED, AxLoop
 from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.acquisition.objective import GenericMCObjective
 from botorch.fit import fit_gpytorch_mll
@@ -93,6 +94,30 @@ def with_optuna(make_sampler: Callable[[int], optuna.samplers.BaseSampler]) -> R
         return history
 
     return run
+
+
+def with_ax(case: SyntheticGroups, seed: int, trials: int) -> list[Observation]:
+    """Let Ax suggest u = −ln(density) and bits."""
+    problem, history = case.problem(), list[Observation]()
+    axes = {
+        f"{'u' if axis.is_range else 'bits'}{i}": axis for i, axis in enumerate(case.domain.axes)
+    }
+    ranges = {
+        n: (float(a.levels[0, 0]), float(a.levels[-1, 0])) for n, a in axes.items() if a.is_range
+    }
+    choices = {n: list(range(len(a))) for n, a in axes.items() if not a.is_range}
+    loop = AxLoop(ranges, choices, problem.level, seed)
+    loop.begin({n: ranges[n][0] if n in ranges else 0 for n in axes}, problem.baseline)
+    for _ in range(trials):
+        trial, found = loop.ask()
+        parts = [
+            torch.tensor([found[n]]).double() if n in ranges else a.levels[found[n]]
+            for n, a in axes.items()
+        ]
+        seen = case.observe(torch.cat(parts))
+        loop.tell(trial, seen)
+        history.append(seen)
+    return history
 
 
 def with_botorch(choose: Callable[..., Tensor]) -> Run:
@@ -187,7 +212,10 @@ METHODS: dict[str, Run] = {
     "optuna TPE": with_optuna(lambda seed: optuna.samplers.TPESampler(seed=seed)),
     "SCBO": with_botorch(scbo),
     "qLogEI, constrained": with_botorch(qlogei),
+    "Ax": with_ax,
 }
+#: Ax is there in an environment of its own only.
+DEFAULTS = [name for name in METHODS if name != "Ax" or INSTALLED]
 
 
 def regrets(case: SyntheticGroups, history: Sequence[Observation], trials: int) -> dict[str, float]:
@@ -253,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", type=int, nargs="+", default=[6, 8, 12])
     parser.add_argument("--bits", choices=["no", "yes", "both"], default="both")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULTS)
     parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--time", action="store_true", help="only time a proposal")
