@@ -109,6 +109,19 @@ def update_results(
         os.close(lock)
 
 
+def environment_index(results: dict[str, Any]) -> int:
+    """The place of this process's environment among those of some results, added if it is new.
+
+    Only the date may be another.
+    """
+    environments, here = results.setdefault("environments", []), environment()
+    for index, other in enumerate(environments):
+        if {**other, "date": here["date"]} == here:
+            return index
+    environments.append(here)
+    return len(environments) - 1
+
+
 def read_results(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """Read what `write_results` wrote; an empty dictionary where nothing was written yet."""
     path = folder / f"{name}.json"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, read_results, silence, update_results
+from common import RESULTS, environment_index, read_results, silence, update_results
 from gradual import prunable
 from held_out import HELD_OUT
 from peers import Methods, optimizer_steps
@@ -141,8 +141,7 @@ class Study:
 
     def _put(self, added: list[dict[str, Any]], keep: Callable[[dict[str, Any]], bool]) -> None:
         def change(results: dict[str, Any]) -> None:
-            environments = results.setdefault("environments", [])
-            here = _environment_index(environments) if added else 0
+            here = environment_index(results) if added else 0
             cells = [cell for cell in results.get("cells", []) if keep(cell)]
             cells += [{**cell, "environment": here} for cell in added]
             results.setdefault("dense", [])
@@ -183,16 +182,6 @@ class Study:
             results["dense"].sort(key=lambda r: (r["task"], r["seed"], r["budget"]))
 
         update_results(self.name, change, self.folder)
-
-
-def _environment_index(environments: list[dict[str, Any]]) -> int:
-    """The index of this process's environment, appended if it is new but for the date."""
-    here = environment()
-    for index, other in enumerate(environments):
-        if {**other, "date": here["date"]} == here:
-            return index
-    environments.append(here)
-    return len(environments) - 1
 
 
 def run(study: Study, wanted: Sequence[Key], data: Path | None, table: dict[str, Method]) -> None:

@@ -7,9 +7,7 @@ Every way starts from the same dense weights and trains for the same number of s
 task's optimizer. *Once* trains on and rounds at the end. *Straight-through* is quantization-aware
 training: each forward pass rounds the weights as the scheme does (to a codebook that is fitted anew
 in every 16th step), gradients pass the rounding unchanged (Bengio et al. 2013, arXiv:1308.3432),
-and the rounded weights are shipped. *Straight-through, kept* is the same with the boundaries
-between a codebook's or a ternary weight's values kept from the first step, as L-C does it.
-Cells are written one by one and not computed twice.
+and the rounded weights are shipped. Cells are written one by one and not computed twice.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_condensa import Codebook, Compose, CondensaCallback, Quantize, Scheme
-from lightning_condensa.schemes.bound import boundaries_of
 
 NAME = "quantizers"
 #: The first and the last weight of each task's network, about 1 % of the weights of most.
@@ -54,9 +51,7 @@ SCHEMES: dict[str, Scheme] = {
     "binary between int8": ends_in_int8(Quantize("binary")),
     "codebook 2 between int8": ends_in_int8(Codebook(2)),
 }
-WAYS = ("lc", "once", "straight-through", "straight-through-kept")
-#: Schemes with boundaries to keep.
-KEPT = ("ternary", "codebook 2", "codebook 16", "codebook 2 between int8")
+WAYS = ("lc", "once", "straight-through")
 
 
 class Rounded(nn.Module):
@@ -101,22 +96,6 @@ class Clustered(Rounded):
         return self.values[torch.bucketize(weight, middles)]
 
 
-class Kept(Rounded):
-    """Rounds with the boundaries between values that the first pass found."""
-
-    def __init__(self, scheme: Scheme, layer: nn.Module) -> None:
-        super().__init__(scheme, layer)
-        self.boundaries: dict[str, Tensor] = {}
-
-    def round(self, weight: Tensor) -> Tensor:
-        """Return the best values for what lies between the boundaries."""
-        bound = self.bound[0]
-        theta = bound.pi(dict.fromkeys(bound.names, weight), boundaries=self.boundaries)
-        self.boundaries = boundaries_of(theta)
-        (rounded,) = bound.delta(theta).values()
-        return rounded
-
-
 def compressed(
     start: Start, epochs: int, scheme: Scheme, way: str, plain: Callable[[], TaskModule]
 ) -> TaskModule:
@@ -137,8 +116,7 @@ def compressed(
     chosen = [(stage, t.name) for stage in scheme.stages for t in stage.select(module)]
     layers = [module.get_submodule(name.rpartition(".")[0]) for _, name in chosen]
     for (stage, _), layer in zip(chosen, layers, strict=True):
-        fitted = Clustered if isinstance(stage, Codebook) else Rounded
-        rounding = Kept if way == "straight-through-kept" else fitted
+        rounding = Clustered if isinstance(stage, Codebook) else Rounded
         own = replace(stage, include=(), exclude=())  # the layer by itself has another name
         parametrize.register_parametrization(layer, "weight", rounding(own, layer))
     fit(module, start, [], epochs)
@@ -196,11 +174,10 @@ def main() -> None:
     add("--budget", type=int, default=1, help="times about 1,500 optimizer steps")
     add("--data", type=Path, help="folder of cifar10/")
     add("--out", type=Path, default=RESULTS, help="folder of the result file")
-    add("--name", default=NAME, help="of the result file")
     options = parser.parse_args()
     silence()
     torch.set_num_threads(1)
-    study = Study(options.out, options.name)
+    study = Study(options.out, NAME)
     for task in options.tasks:
         for seed in options.seeds:
             start = dense_start(TASKS[task], seed, options.data)
@@ -209,8 +186,6 @@ def main() -> None:
             plain = cache(partial(fit, start.module(), start, [], epochs))
             for name in options.schemes:
                 for way in options.ways:
-                    if way == "straight-through-kept" and name not in KEPT:
-                        continue
                     key = (task, f"{name}, {way}", 1.0, options.budget, seed)
                     study.ensure(key, partial(cell, start, name, way, options.budget, plain))
 

@@ -10,7 +10,6 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from common import read_results
@@ -83,7 +82,6 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "lc-study": lc_study,
     "paper": paper,
     "quantizers": quantizers,
-    "quantizers-long": partial(quantizers, "quantizers_long"),
     "structured": structured,
     "lenet300": lenet300,
     "char-lstm": char_lstm,

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from common import read_results
-from tables import NONE, source, table
+from tables import NONE, cells_source, source, table
 
 ENGINES = {
     "eager": "eager, dense",
@@ -27,7 +27,11 @@ def sparse_execution() -> str | None:
         f"\nMilliseconds, median of {_repeats(results)} repeats, and times faster than ONNX "
         "Runtime (median, and range of repeats), in rounds in which every engine has a turn.\n"
     )
-    return "\n".join(_network(results, n) for n in networks) + note + source(results)
+    return (
+        "\n".join(_network(results, n) for n in networks)
+        + note
+        + cells_source("sparse_execution", results, "runs")
+    )
 
 
 def _network(results: dict[str, Any], network: str) -> str:

@@ -26,17 +26,12 @@ WAYS = {
     "lc": "L-C",
     "once": "rounded once",
     "straight-through": "straight-through",
-    "straight-through-kept": "straight-through, boundaries kept",
 }
 
 
-def quantizers(name: str = "quantizers") -> str | None:
-    """Every quantizer in each way, a table for each task.
-
-    Args:
-        name: Of the results.
-    """
-    results = read_results(name)
+def quantizers() -> str | None:
+    """Every quantizer in each way, a table for each task."""
+    results = read_results("quantizers")
     if not results:
         return None
     scores: dict[tuple[str, int], dict[str, dict[str, dict[int, float]]]] = {}
@@ -56,11 +51,8 @@ def quantizers(name: str = "quantizers") -> str | None:
             [scheme, *_on_common_seeds(row, ways), _lost(row.get("lc", {}), dense)]
             for scheme, row in found.items()
         ]
-        note = (
-            "\nTest accuracy in %, mean ± sd (seeds); dense "
-            f"{spread(mean_sd(list(dense.values())))}. *Lost*: mean of what L-C loses against the "
-            "dense network of each seed, in points (least – most).\n\n"
-        )
+        scale = spread(mean_sd(list(dense.values())))
+        note = f"\nTest accuracy in %, mean ± sd (seeds); dense {scale}.\n\n"
         steps = "" if budget == 1 else f", {budget} times the steps"
         header = ["", *(WAYS[way] for way in ways), "lost"]
         parts.append(f"### {task}{steps}\n\n" + table(header, rows) + note)

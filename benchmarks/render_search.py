@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common import read_results
-from tables import NONE, source, spread, table
+from tables import NONE, cells_source, source, spread, table
 
 ORDER = (
     "condensa",
@@ -17,6 +17,7 @@ ORDER = (
     "optuna TPE",
     "SCBO",
     "qLogEI, constrained",
+    "Ax",
 )
 
 
@@ -44,7 +45,7 @@ def search_1d() -> str | None:
     header = ["method", "z"]
     for objective in OBJECTIVES:
         header += [f"{objective} @3", "@5", "@10", "infeasible"]
-    return table(header, cells) + _problems(rows) + source(results)
+    return table(header, cells) + _problems(rows) + cells_source("search_1d", results, "rows")
 
 
 def search_1d_risk() -> str | None:
@@ -72,7 +73,7 @@ def search_1d_risk() -> str | None:
     header = ["method"]
     for objective in OBJECTIVES:
         header += [f"{objective}: z", "@5", "@10", "@10, unseen family"]
-    return table(header, cells) + _problems(rows) + source(results)
+    return table(header, cells) + _problems(rows) + cells_source("search_1d", results, "rows")
 
 
 def search_fidelity() -> str | None:
@@ -141,7 +142,7 @@ def search_nd() -> str | None:
     header = ["groups", "method", "problems", "@10", "@20", "@40", "infeasible", "a proposal"]
     times = "; ".join(f"{name}: {value:.1f} s" for name, value in results["proposal"].items())
     note = f"\nOne proposal with a scan in 12 groups, CPU seconds on one core: {times}.\n"
-    return table(header, cells) + note + source(results)
+    return table(header, cells) + note + cells_source("search_nd", results, "rows")
 
 
 def search_scaling() -> str | None:

@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 import optuna
 import torch
 from ax_search import INSTALLED, AxLoop
-from common import RESULTS, environment, read_results, update_results
+from common import RESULTS, environment_index, read_results, update_results
 
 from lightning_condensa.search.feasibility import feasible_ones
 from lightning_condensa.search.problem import Observation, Problem
@@ -223,7 +223,8 @@ def main() -> None:
 
                 def add(results: dict[str, Any], row: dict[str, Any] = row) -> None:
                     kept = [r for r in results.get("rows", []) if _key(r)[:3] != _key(row)[:3]]
-                    results.update({"environment": environment(), "rows": [*kept, row]})
+                    row["environment"] = environment_index(results)
+                    results["rows"] = [*kept, row]
 
                 update_results(NAME, add, options.out)
                 print(show(row), flush=True)

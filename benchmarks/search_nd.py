@@ -25,7 +25,7 @@ from botorch.fit import fit_gpytorch_mll
 from botorch.generation.sampling import ConstrainedMaxPosteriorSampling
 from botorch.models import ModelListGP, SingleTaskGP
 from botorch.sampling import SobolQMCNormalSampler
-from common import environment, update_results
+from common import environment_index, update_results
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from torch import Tensor
 from torch.quasirandom import SobolEngine
@@ -292,7 +292,7 @@ def main() -> None:
 
     def add(record: dict[str, Any]) -> None:
         def change(payload: dict[str, Any]) -> None:
-            payload["environment"] = environment()
+            record["environment"] = environment_index(payload)
             key = ("groups", "bits", "method")
             others = [r for r in payload.get("rows", []) if any(r[k] != record[k] for k in key)]
             payload["rows"] = [*others, record]

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import environment, update_results
+from common import environment, environment_index, update_results
 from networks import perceptron, vgg19_bn
 from torch import Tensor, nn
 
@@ -155,11 +155,13 @@ def main() -> None:
 
 def add(results: dict[str, Any], run: dict[str, Any]) -> None:
     """Put a run among those on the same processor; one of the same case and seed is replaced."""
-    here = environment()
-    same = results.get("environment", {}).get("cpu") == here["cpu"]
+    here = environment()["cpu"]
+    if any(other["cpu"] != here for other in results.get("environments", [])):
+        results.clear()
     case = ("network", "batch", "threads", "seed")
-    kept = [r for r in results.get("runs", []) if same and any(r[k] != run[k] for k in case)]
-    results.update({"environment": here, **payload([*kept, run])})
+    kept = [r for r in results.get("runs", []) if any(r[k] != run[k] for k in case)]
+    run["environment"] = environment_index(results)
+    results.update(payload([*kept, run]))
 
 
 def payload(runs: list[dict[str, Any]]) -> dict[str, Any]:

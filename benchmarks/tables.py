@@ -35,9 +35,9 @@ def source(results: dict[str, Any]) -> str:
     )
 
 
-def cells_source(script: str, results: dict[str, Any]) -> str:
+def cells_source(script: str, results: dict[str, Any], key: str = "cells") -> str:
     """Where the cells of a study come from, in a line."""
-    used = [results["environments"][c["environment"]] for c in results["cells"]]
+    used = [results["environments"][c["environment"]] for c in results[key]]
     torches = ", ".join(sorted({e["versions"]["torch"] for e in used}))
     cpus = ", ".join(sorted({cpu(e) for e in used}))
     days = ", ".join(sorted({e["date"][:10] for e in used}))
