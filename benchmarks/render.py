@@ -17,7 +17,7 @@ from render_deploy import deploy, end_to_end, sparse_execution
 from render_overhead import lc_overhead, projections
 from render_quality import lc_quality, lc_quality_tasks, lc_study
 from render_real import search_faults, search_real
-from render_schemes import char_lstm, lenet300, mutations, packed, quantizers, structured
+from render_schemes import char_lstm, contract, lenet300, mutations, packed, quantizers, structured
 from render_search import (
     search_1d,
     search_1d_risk,
@@ -86,6 +86,7 @@ FIGURES: dict[str, Callable[[], str | None]] = {
     "lenet300": lenet300,
     "char-lstm": char_lstm,
     "projections": projections,
+    "contract": contract,
     "mutations": mutations,
     "packed": packed,
     "lc-overhead": lc_overhead,

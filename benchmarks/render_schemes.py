@@ -163,6 +163,22 @@ def _against_dense(task: str, what: str) -> str | None:
     return table(header, rows) + note + cells_source("schemes", results)
 
 
+def contract() -> str | None:
+    """Cases and time of the tests of schemes."""
+    results = read_results("contract")
+    if not results:
+        return None
+    rows = [
+        [s["suite"], f"`{s['path']}`", str(s["cases"]), f"{s['seconds']:.0f} s"]
+        for s in results["suites"]
+    ]
+    note = (
+        f"\n{results['laws']} laws, each on {results['layers']} layers and {results['networks']} "
+        "networks where they fit. One thread.\n"
+    )
+    return table(["tests", "in", "cases", "time"], rows) + note + source(results)
+
+
 def packed() -> str | None:
     """Bytes over the bound for every model, kind of values and density; load times."""
     results = read_results("packed")
