@@ -23,8 +23,8 @@ RULES = """
 Every method ships its last θ. On seed 0's validation data were chosen, for each task: the learning
 rate of every method; the ramp of gradual pruning and `ModelPruning`; the whole schedule of the
 reference and `preset="paper"`. Bold: the best, and what is within one standard deviation, the
-best's, of it, where every method has run; a number in brackets: of so many seeds only. The
-reference cannot prune attention and LSTM.
+best's, of it, where every method has run; a number in brackets: of so many seeds only; without a
+deviation: of seed 0 only. The reference cannot prune attention and LSTM.
 """
 #: Tasks with weights that the reference cannot prune.
 NOT_COVERED = ("digits-transformer", "shakespeare-lstm")
