@@ -1,11 +1,13 @@
 """Every projection by itself: its time beside that of one pass over memory.
 
     python benchmarks/projections.py
-    python benchmarks/projections.py --pages small
+    python benchmarks/projections.py --memory huge
+    python benchmarks/projections.py --memory small
 
 The unit is a copy into memory that the process holds, the fastest there is: all weights read once
-and as many written. θ is new, and what the kernel takes to hand out its memory counts against the
-projection: much less in huge pages, which torch asks for where ``THP_MEM_ALLOC_ENABLE`` is 1.
+and as many written. By default θ gets memory that the process holds, too: glibc's allocator is told
+to keep what is freed. Otherwise it is new, and what the kernel takes to hand it out counts against
+the projection: less in huge pages, which torch asks for where ``THP_MEM_ALLOC_ENABLE`` is 1.
 *Passes* is how often the algorithm behind a projection has to go through the weights; it is stated
 here, with the reason. The projection and the copy are timed in turn in one process, on one thread.
 """
@@ -41,9 +43,16 @@ from lightning_condensa import (
 )
 
 LAYERS = 12
-#: What torch's allocator asks the kernel for; read when torch is loaded.
-PAGES = {"huge": "1", "small": "0"}
-VARIABLE = "THP_MEM_ALLOC_ENABLE"
+#: What allocators are told where θ gets its memory; read when they are loaded.
+MEMORY = {
+    "held": {
+        "THP_MEM_ALLOC_ENABLE": "0",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    },
+    "huge": {"THP_MEM_ALLOC_ENABLE": "1"},
+    "small": {"THP_MEM_ALLOC_ENABLE": "0"},
+}
 
 
 @dataclass(frozen=True)
@@ -142,12 +151,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--numel", type=int, default=25_000_000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--pages", choices=PAGES, default="huge", help="for large tensors")
+    parser.add_argument("--memory", choices=MEMORY, default="held", help="that θ is written to")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *CONVOLUTIONS])
     options = parser.parse_args()
-    if os.environ.get(VARIABLE) != PAGES[options.pages]:
-        again = {**os.environ, VARIABLE: PAGES[options.pages]}
-        os.execve(sys.executable, [sys.executable, *sys.argv], again)
+    told = MEMORY[options.memory]
+    names = set().union(*MEMORY.values())
+    if {n: os.environ[n] for n in names if n in os.environ} != told:
+        others = {n: value for n, value in os.environ.items() if n not in names}
+        os.execve(sys.executable, [sys.executable, *sys.argv], others | told)
     torch.set_num_threads(1)
     rows = []
     for cases, make in ((CASES, linear), (CONVOLUTIONS, convolutional)):
@@ -159,10 +170,10 @@ def main() -> None:
             print(f"{name}: {row['median_s']:.3f} s, a copy {row['copy_s']:.3f} s", flush=True)
 
     def change(results: dict[str, Any]) -> None:
-        before = {row["case"]: row for row in results.get(options.pages, {}).get("rows", [])}
+        before = {row["case"]: row for row in results.get(options.memory, {}).get("rows", [])}
         merged = before | {row["case"]: row for row in rows}
         kept = [merged[name] for name in (*CASES, *CONVOLUTIONS) if name in merged]
-        results[options.pages] = {"environment": environment(), "rows": kept}
+        results[options.memory] = {"environment": environment(), "rows": kept}
 
     update_results("projections", change)
 

@@ -40,8 +40,11 @@ def projections() -> str | None:
     results = read_results("projections")
     if not results:
         return None
-    huge = results["huge"]
-    small = {r["case"]: r for r in results.get("small", {}).get("rows", [])}
+    held = results["held"]
+    new = [
+        {r["case"]: r for r in results.get(pages, {}).get("rows", [])}
+        for pages in ("huge", "small")
+    ]
     rows = [
         [
             r["case"],
@@ -49,15 +52,15 @@ def projections() -> str | None:
             str(r["passes"] or NONE),
             r["why"],
             _copies_a_pass(r),
-            _copies_a_pass(small[r["case"]]) if r["case"] in small else NONE,
+            *(_copies_a_pass(n[r["case"]]) if r["case"] in n else NONE for n in new),
         ]
-        for r in huge["rows"]
+        for r in held["rows"]
     ]
-    copies = [r["copy_s"] for r in huge["rows"]]
-    size = huge["rows"][0]["weights"]
+    copies = [r["copy_s"] for r in held["rows"]]
+    size = held["rows"][0]["weights"]
     note = f"\nA copy of {size:,} weights took {min(copies):.3f} to {max(copies):.3f} s.\n"
-    header = ["", "time", "passes", "for", "copies a pass", "in small pages"]
-    return table(header, rows) + note + source(huge)
+    header = ["", "time", "passes", "for", "copies a pass", "new huge pages", "new small pages"]
+    return table(header, rows) + note + source(held)
 
 
 def _copies_a_pass(row: dict[str, Any]) -> str:
