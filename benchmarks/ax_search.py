@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +23,11 @@ from lightning_condensa.search.problem import Observation
 
 #: Whether this environment has Ax.
 INSTALLED = find_spec("ax") is not None
+
+
+def available(methods: Iterable[str]) -> list[str]:
+    """The methods that this environment can run: Ax only where it is installed."""
+    return [name for name in methods if name != "Ax" or INSTALLED]
 
 
 class AxLoop:
@@ -80,6 +85,6 @@ class AxLoop:
         assert seen.metric is not None and seen.utility is not None
         data = {
             "utility": (seen.utility, 0.0),
-            "metric": (seen.metric, math.sqrt(seen.variance or 0.0)),
+            "metric": (seen.metric, math.sqrt(seen.variance)),
         }
         self._client.complete_trial(trial, raw_data=data)

@@ -173,8 +173,8 @@ def contract() -> str | None:
         for s in results["suites"]
     ]
     note = (
-        f"\n{results['laws']} laws, each on {results['layers']} layers and {results['networks']} "
-        "networks where they fit. One thread.\n"
+        f"\n{results['laws']} laws; {results['layers']} layers and {results['networks']} whole "
+        "network(s) to check a scheme on. One thread.\n"
     )
     return table(["tests", "in", "cases", "time"], rows) + note + source(results)
 

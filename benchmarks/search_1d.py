@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 import optuna
 import torch
-from ax_search import INSTALLED, AxLoop
+from ax_search import AxLoop, available
 from common import RESULTS, environment_index, read_results, update_results
 
 from lightning_condensa.search.feasibility import feasible_ones
@@ -136,8 +136,6 @@ METHODS: dict[str, Run] = {
 }
 
 
-#: Ax is there in an environment of its own only.
-DEFAULTS = [name for name in METHODS if name != "Ax" or INSTALLED]
 JUDGES: dict[str, Judge] = {"condensa": together}
 
 
@@ -205,7 +203,7 @@ def main() -> None:
     """Compare what was asked for and is not there."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--problems", type=int, default=100, help="for each objective")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULTS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=available(METHODS))
     parser.add_argument("--margins", nargs="+", type=float, default=list(MARGINS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -18,7 +18,7 @@ from typing import Any
 
 import optuna
 import torch
-from ax_search import INSTALLED, AxLoop
+from ax_search import AxLoop, available
 from botorch.acquisition.logei import qLogExpectedImprovement
 from botorch.acquisition.objective import GenericMCObjective
 from botorch.fit import fit_gpytorch_mll
@@ -214,8 +214,6 @@ METHODS: dict[str, Run] = {
     "qLogEI, constrained": with_botorch(qlogei),
     "Ax": with_ax,
 }
-#: Ax is there in an environment of its own only.
-DEFAULTS = [name for name in METHODS if name != "Ax" or INSTALLED]
 
 
 def regrets(case: SyntheticGroups, history: Sequence[Observation], trials: int) -> dict[str, float]:
@@ -281,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", type=int, nargs="+", default=[6, 8, 12])
     parser.add_argument("--bits", choices=["no", "yes", "both"], default="both")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULTS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=available(METHODS))
     parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--time", action="store_true", help="only time a proposal")

@@ -36,7 +36,7 @@ def test_it_is_the_variance_over_validation_sets(
     right: float, flips: float, n: int, seed: int
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
-    sets = 1000
+    sets = 1200
     dense = (torch.rand(sets, n, generator=draw) < right).float()
     lost = (torch.rand(sets, n, generator=draw) < flips).float()
     sparse = (dense - lost).abs()
